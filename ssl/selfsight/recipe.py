@@ -1,0 +1,218 @@
+"""The one schema of a run. In: a YAML file and `key=value` overrides. Out: a `Recipe`, every value with where it came from.
+
+Keys are strict: an unknown one is refused and the nearest known one named. `null` in a key that says "null = …" is
+resolved from the hardware and the corpus when training starts; what was chosen and why joins the provenance.
+"""
+
+import difflib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from selfsight.errors import UserError
+
+
+@dataclass
+class EncoderConfig:
+    """A timm Vision Transformer."""
+
+    name: str = "vit_small_patch16_224"  # any timm VisionTransformer
+    img_size: int = 224  # pixels: the size its position table is made for
+    drop_path_rate: float = 0.0  # stochastic depth, of the student only
+    args: dict[str, Any] = field(default_factory=dict)  # further timm arguments: patch_size, depth, reg_tokens, …
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW, with per-step linear warm-up and cosine decay."""
+
+    base_lr: float = 5e-4  # for a global batch of 256: lr = base_lr · batch_size / 256
+    min_lr: float = 1e-6  # where the cosine ends; not scaled
+    warmup_epochs: float = 10.0
+    warmup: str = "dino"  # dino: linspace that includes its end point, per step; mae: lr · epoch / warmup_epochs
+    weight_decay: float = 0.04
+    weight_decay_end: float | None = None  # cosine towards this; null = constant
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    clip: float = 0.0  # gradient norm to clip at; 0 = never
+    clip_per: str = "global"  # global, or tensor: each parameter's gradient by itself, as DINO does
+
+
+@dataclass
+class StreamConfig:
+    lanes: int | None = None  # null = the largest divisor of the batch that the corpus fills, 256 at most
+    window: int = 16  # chunks shuffled together in a lane
+    workers: int | None = None  # decoding processes per rank; null = one per core that training leaves over
+
+
+@dataclass
+class TrainingConfig:
+    zero: int = 1  # DeepSpeed ZeRO stage: 0 or 1
+    precision: str | None = None  # fp32 or bf16 (autocast; weights, EMA and moments stay fp32); null = bf16 where native
+    accumulation: int = 1  # micro-batches per optimiser step
+    log_every: int = 10  # steps
+    checkpoint_every: int = 1000  # steps
+    keep: int = 2  # complete checkpoints kept, newest first; exports are always kept
+
+
+@dataclass
+class Recipe:
+    corpus: str | None = None  # folder made by `selfsight corpus build`; training needs it
+    output: str | None = None  # run folder; training needs it
+    seed: int = 0
+    batch_size: int = 256  # global: over all ranks and micro-batches
+    epochs: float = 100.0
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    objective: Any = None  # {name: …} and the keys of that objective's Config
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    provenance: dict[str, str] = field(default_factory=dict, compare=False, repr=False)  # "a.b" → origin
+
+    @property
+    def objective_name(self) -> str:
+        return self.objective["name"]
+
+    def set(self, key: str, value: Any, reason: str) -> None:
+        """Resolves the dotted `key` to `value` and notes why."""
+        *path, leaf = key.split(".")
+        node = self
+        for part in path:
+            node = getattr(node, part)
+        setattr(node, leaf, value)
+        self.provenance[key] = f"auto: {reason}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dict, without provenance; `load` reads it back."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "provenance"}
+        return {
+            k: (asdict(v) if is_dataclass(v) and not isinstance(v, type) else v)  # objective.config is a dict already
+            for k, v in plain.items()
+        }
+
+    def to_yaml(self) -> str:
+        """YAML in which every line says in a comment where its value came from."""
+        lines = list(_yaml_lines(self.to_dict(), self.provenance))
+        width = min(max(len(text) for text, _ in lines), 60)
+        return "".join(f"{text:<{width}}  # {origin}\n" if origin else f"{text}\n" for text, origin in lines)
+
+
+def _yaml_lines(node: dict, provenance: dict[str, str], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
+    for key, value in node.items():
+        dotted = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            yield f"{'  ' * depth}{key}:", ""
+            yield from _yaml_lines(value, provenance, f"{dotted}.", depth + 1)
+        else:
+            text = yaml.safe_dump({key: value}, default_flow_style=None, allow_unicode=True, width=10**6).strip()
+            yield f"{'  ' * depth}{text}", provenance.get(dotted, "default")
+
+
+def configs_dir() -> Path:
+    """The recipes that come with selfsight: in the wheel, or in the checkout."""
+    packaged = Path(str(resources.files("selfsight"))) / "configs"
+    return packaged if packaged.is_dir() else Path(__file__).resolve().parents[2] / "configs"
+
+
+def find(source: str) -> Path:
+    """`source` as a path, or else below the recipes that come with selfsight, with or without `.yaml`."""
+    for path in (Path(source), configs_dir() / source, configs_dir() / f"{source}.yaml"):
+        if path.is_file():
+            return path
+    known = sorted(p.relative_to(configs_dir()).with_suffix("").as_posix() for p in configs_dir().rglob("*.yaml"))
+    raise UserError(f"there is no recipe {source!r}: give a YAML file or one of {', '.join(known)}")
+
+
+def load(source: str, overrides: list[str] | tuple[str, ...] = (), *, objective: Callable[[str], type]) -> Recipe:
+    """Reads a recipe. `objective` maps an objective's name to its Config dataclass.
+
+    Raises UserError for a missing file, an unknown key, a value of the wrong type or a malformed override.
+    """
+    path = find(source)
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} is not YAML: {' '.join(str(e).split())}") from e
+    if not isinstance(given, dict):
+        raise UserError(f"{path} is not a recipe: it should be a mapping of keys to values")
+    provenance = {key: str(path) for key in _leaves(given)}
+    for override in overrides:
+        key, sign, text = override.partition("=")
+        if not sign or not key:
+            raise UserError(f"cannot read {override!r}: overrides look like optimizer.base_lr=1e-3")
+        try:
+            _put(given, key, _scalar(text))
+        except yaml.YAMLError as e:
+            raise UserError(f"cannot read {override!r}: the value is not YAML") from e
+        provenance[key] = "command line"
+    return from_dict(given, provenance, objective=objective)
+
+
+def from_dict(given: dict[str, Any], provenance: dict[str, str], *, objective: Callable[[str], type]) -> Recipe:
+    """A Recipe from a plain nested dict, checked against the schema. Raises UserError as `load` does."""
+    section = given.get("objective")
+    if not isinstance(section, dict) or not isinstance(section.get("name"), str):
+        raise UserError("the recipe names no objective: set objective.name, for example objective.name=dino")
+    schema = OmegaConf.structured(Recipe(objective=None))
+    config = OmegaConf.structured(objective(section["name"]))
+    known = {**OmegaConf.to_container(schema), "objective": {"name": "", **OmegaConf.to_container(config)}}
+    known.pop("provenance")
+    _refuse_unknown(given, known)
+    rest = {k: v for k, v in given.items() if k != "objective"}
+    try:
+        merged = OmegaConf.merge(schema, rest)
+        merged_objective = OmegaConf.merge(config, {k: v for k, v in section.items() if k != "name"})
+        recipe: Recipe = OmegaConf.to_object(merged)  # type: ignore[assignment]
+        recipe.objective = {"name": section["name"], **OmegaConf.to_container(merged_objective)}  # type: ignore[dict-item]
+    except OmegaConfBaseException as e:
+        key = getattr(e, "full_key", None) or "a value"
+        raise UserError(f"{key}: {str(e).splitlines()[0]}") from e
+    recipe.provenance = provenance
+    return recipe
+
+
+def _leaves(node: dict, prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _scalar(text: str) -> Any:
+    value = yaml.safe_load(text) if text else ""
+    if isinstance(value, str):  # YAML 1.1 takes 1e-3 for a string; a user means the number
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _put(node: dict, key: str, value: Any) -> None:
+    *path, leaf = key.split(".")
+    for part in path:
+        child = node.get(part)
+        if not isinstance(child, dict):
+            child = node[part] = {}
+        node = child
+    node[leaf] = value
+
+
+def _refuse_unknown(given: dict, known: dict, prefix: str = "") -> None:
+    for key, value in given.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), list(known), n=1, cutoff=0.5)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(known)}"
+            raise UserError(f"unknown recipe key {prefix}{key}: {hint}")
+        inner = known[key]
+        # An empty mapping in the schema (encoder.args) is open: timm checks those names.
+        if isinstance(inner, dict) and inner:
+            if not isinstance(value, dict):
+                raise UserError(f"{prefix}{key} should be a mapping with keys {', '.join(inner)}")
+            _refuse_unknown(value, inner, f"{prefix}{key}.")

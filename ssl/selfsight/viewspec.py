@@ -1,0 +1,42 @@
+"""What an objective wants to see of an image, as data. Where the work runs (process, thread, GPU) is not its business.
+
+An objective returns a `ViewSpec`; `selfsight.stream.views` turns an image into it. A batch is then a dict of tensors
+with one entry per spec name: a crop is uint8 of shape (count, B, 3, size, size), a noise float32 of shape (B, length).
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CropSpec:
+    """`count` random crops of one kind. Probabilities and strengths given as tuples are per crop, in order."""
+
+    name: str  # key in the batch
+    count: int
+    size: int  # pixels, square
+    scale: tuple[float, float]  # fraction of the image's area
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # aspect ratio, drawn log-uniformly
+    flip: float = 0.5  # probability of a horizontal flip
+    jitter: float = 0.0  # probability of colour jitter
+    brightness: float = 0.0  # jitter strengths, as torchvision.transforms.ColorJitter defines them
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    grayscale: float = 0.0  # probability
+    blur: tuple[float, ...] = ()  # probability of a Gaussian blur, for each of the `count` crops; empty = never
+    blur_radius: tuple[float, float] = (0.1, 2.0)  # PIL radius in pixels
+    solarize: tuple[float, ...] = ()  # probability, for each of the `count` crops; empty = never
+
+
+@dataclass(frozen=True)
+class NoiseSpec:
+    """`length` uniform numbers in [0, 1) per image, from which an objective derives its masks."""
+
+    name: str
+    length: int
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    crops: tuple[CropSpec, ...]
+    noise: tuple[NoiseSpec, ...] = ()
