@@ -53,7 +53,9 @@ class StreamConfig:
 @dataclass
 class TrainingConfig:
     zero: int = 1  # DeepSpeed ZeRO stage: 0 or 1
-    precision: str | None = None  # fp32 or bf16 (autocast; weights, EMA and moments stay fp32); null = bf16 where native
+    precision: str | None = (
+        None  # fp32 or bf16 (autocast; weights, EMA and moments stay fp32); null = bf16 where native
+    )
     accumulation: int = 1  # micro-batches per optimiser step
     log_every: int = 10  # steps
     checkpoint_every: int = 1000  # steps
@@ -109,8 +111,9 @@ def _yaml_lines(node: dict, provenance: dict[str, str], prefix: str = "", depth:
             yield f"{'  ' * depth}{key}:", ""
             yield from _yaml_lines(value, provenance, f"{dotted}.", depth + 1)
         else:
-            text = yaml.safe_dump({key: value}, default_flow_style=None, allow_unicode=True, width=10**6).strip()
-            yield f"{'  ' * depth}{text}", provenance.get(dotted, "default")
+            text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
+            text = text.removesuffix("...\n").strip()  # the end mark that follows a bare scalar
+            yield f"{'  ' * depth}{key}: {text}", provenance.get(dotted, "default")
 
 
 def configs_dir() -> Path:

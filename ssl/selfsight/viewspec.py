@@ -6,6 +6,10 @@ with one entry per spec name: a crop is uint8 of shape (count, B, 3, size, size)
 
 from dataclasses import dataclass
 
+# ImageNet's channel statistics, on a 0–1 scale: what every encoder here is trained and fed with.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
 
 @dataclass(frozen=True)
 class CropSpec:

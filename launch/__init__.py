@@ -1,0 +1,1 @@
+"""Everything that starts something: the `selfsight` command and what its verbs need."""
