@@ -4,11 +4,11 @@ Verbs are imported only to build their parsers, which touches nothing heavy, so 
 """
 
 import argparse
-import os
 import sys
 
-from launch.commands import COMMANDS
 from selfsight.errors import UserError
+
+from launch.commands import COMMANDS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,13 +32,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("selfsight: interrupted", file=sys.stderr)
         return 130
-
-
-def exit_now(code: int) -> None:
-    """Ends the process without the interpreter's finalisation, in which DeepSpeed's gloo threads can abort the process."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 if __name__ == "__main__":

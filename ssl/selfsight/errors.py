@@ -1,4 +1,4 @@
-"""The one exception for mistakes a user can mend: the command line prints its sentence and exits with 2, without a traceback."""
+"""The one exception for mistakes a user can mend: the command line prints its sentence and exits with 2."""
 
 
 class UserError(ValueError):

@@ -1,4 +1,4 @@
-"""The one schema of a run. In: a YAML file and `key=value` overrides. Out: a `Recipe`, every value with where it came from.
+"""The one schema of a run. In: a YAML file and `key=value` overrides. Out: a `Recipe`, each value with its origin.
 
 Keys are strict: an unknown one is refused and the nearest known one named. `null` in a key that says "null = …" is
 resolved from the hardware and the corpus when training starts; what was chosen and why joins the provenance.
@@ -53,9 +53,7 @@ class StreamConfig:
 @dataclass
 class TrainingConfig:
     zero: int = 1  # DeepSpeed ZeRO stage: 0 or 1
-    precision: str | None = (
-        None  # fp32 or bf16 (autocast; weights, EMA and moments stay fp32); null = bf16 where native
-    )
+    precision: str | None = None  # fp32, or bf16 autocast over fp32 weights; null = bf16 on a GPU that has it
     accumulation: int = 1  # micro-batches per optimiser step
     log_every: int = 10  # steps
     checkpoint_every: int = 1000  # steps
@@ -188,7 +186,9 @@ def _leaves(node: dict, prefix: str = "") -> Iterator[str]:
 
 
 def _scalar(text: str) -> Any:
-    value = yaml.safe_load(text) if text else ""
+    if not text or (text[0] not in "[{'\"" and (": " in text or " #" in text)):
+        return text  # a path with YAML's own marks in it is still a path
+    value = yaml.safe_load(text)
     if isinstance(value, str):  # YAML 1.1 takes 1e-3 for a string; a user means the number
         try:
             return float(value)

@@ -1,4 +1,4 @@
-"""The contract of an objective: one file per method, found by its module name, knowing neither DeepSpeed nor ranks nor files.
+"""The contract of an objective: one file per method, found by its name, knowing neither DeepSpeed nor ranks nor files.
 
 In: a batch of views, already on the device and normalised, and how far training has come. Out: the loss, metrics and
 features of this micro-batch. The trainer owns every side effect: optimiser, EMA, schedules, checkpoints.
@@ -44,7 +44,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class ParameterRule:
-    """Treats the parameters whose full name starts with `prefix` in their own way; the first rule that matches holds."""
+    """Treats the parameters whose name starts with `prefix` in their own way; the first rule that matches holds."""
 
     prefix: str
     lr_scale: Callable[[Progress], float]  # 0 means frozen at that step: neither gradient nor weight decay moves it
