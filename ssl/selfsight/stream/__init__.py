@@ -1,0 +1,1 @@
+"""Shards → device batches: the order (pure arithmetic), the views (pixels), the loader (processes)."""
