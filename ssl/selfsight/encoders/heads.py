@@ -1,0 +1,63 @@
+"""Projection heads: what stands between an encoder's features and the space in which an objective compares them."""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+
+class WeightNormLinear(nn.Module):
+    """A bias-free linear layer whose rows are weight_g · weight_v / ‖weight_v‖, under the names of torch's weight_norm."""
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(out_dim, 1))
+        self.weight_v = nn.Parameter(nn.Linear(in_dim, out_dim, bias=False).weight.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The norm is taken in the parameters' own precision; autocast then casts the product for the matmul.
+        return F.linear(x, self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True)))
+
+
+class DINOHead(nn.Module):
+    """MLP of `nlayers`, L2 normalisation, weight-normalised prototypes: (B, in_dim) → (B, out_dim) logits.
+
+    Caron et al. 2021, appendix C; facebookresearch/dino, vision_transformer.py, whose parameter names it keeps.
+    `norm_last_layer` keeps the prototypes at length 1 by freezing `weight_g`, which stabilises long trainings.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        *,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        nlayers: int = 3,
+        use_bn: bool = False,
+        norm_last_layer: bool = True,
+    ) -> None:
+        super().__init__()
+        nlayers = max(nlayers, 1)
+        if nlayers == 1:
+            self.mlp = nn.Linear(in_dim, bottleneck_dim)
+        else:
+            layers: list[nn.Module] = []
+            for width in [in_dim] + [hidden_dim] * (nlayers - 2):
+                norm = [nn.BatchNorm1d(hidden_dim)] if use_bn else []
+                layers += [nn.Linear(width, hidden_dim), *norm, nn.GELU()]
+            self.mlp = nn.Sequential(*layers, nn.Linear(hidden_dim, bottleneck_dim))
+        self.apply(init_linear)
+        self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
+        self.last_layer.weight_g.requires_grad_(not norm_last_layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last_layer(F.normalize(self.mlp(x), dim=-1))
+
+
+def init_linear(module: nn.Module) -> None:
+    """For `module.apply`: truncated normal of 0.02 for linear weights, zero for their biases."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

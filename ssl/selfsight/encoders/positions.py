@@ -1,0 +1,44 @@
+"""Position tables: MAE's fixed sine-cosine one, and resampling a table to another grid of patches.
+
+Resampling is linear in the table, so it is written as a matrix: `matrix @ table` is one product per forward pass, and
+its gradient on a GPU is the same at every run, which that of bicubic interpolation is not.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+
+def resampling_matrix(old: tuple[int, int], new: tuple[int, int], how: str) -> Tensor:
+    """float64 (new rows·columns, old rows·columns), row-major: takes a table of grid `old` to grid `new`. Bicubic.
+
+    "dino": the coordinates are mapped by the scale factor (n + 0.1) / √N and not by the ratio of the sizes, without
+    antialiasing (facebookresearch/dino, vision_transformer.py, interpolate_pos_encoding). "timm": by the ratio of the
+    sizes, antialiased (timm.layers.resample_abs_pos_embed).
+    """
+    unit = rearrange(torch.eye(old[0] * old[1], dtype=torch.float64), "n (h w) -> n 1 h w", h=old[0])
+    if how == "dino":
+        scale = tuple((n + 0.1) / o for n, o in zip(new, old, strict=True))
+        resampled = F.interpolate(unit, scale_factor=scale, mode="bicubic")
+    else:
+        resampled = F.interpolate(unit, size=new, mode="bicubic", antialias=True)
+    assert resampled.shape[-2:] == new, "the 0.1 keeps the product from rounding down"
+    return rearrange(resampled, "n 1 h w -> (h w) n")
+
+
+def sincos_table(dim: int, grid: int, prefix: int = 0) -> Tensor:
+    """MAE's fixed 2-D table: float64 (prefix + grid², dim), rows for `prefix` tokens are zero (models_mae.py, pos_embed.py).
+
+    The first half of the channels encodes the column, the second the row; each half is [sin | cos] with the
+    frequencies 10000^(−i / (dim/4)). `dim` must be a multiple of 4.
+    """
+    assert dim % 4 == 0, "half the channels for columns, half for rows, each half sine and cosine"
+    omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    place = torch.arange(grid, dtype=torch.float64)
+    angle = place[:, None] * omega  # (grid, dim/4)
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # (grid, dim/2)
+    columns = axis[None, :, :].expand(grid, grid, -1)
+    rows = axis[:, None, :].expand(grid, grid, -1)
+    table = rearrange(torch.cat([columns, rows], dim=-1), "h w d -> (h w) d")
+    return torch.cat([table.new_zeros(prefix, dim), table])

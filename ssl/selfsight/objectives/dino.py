@@ -1,0 +1,203 @@
+"""DINO: self-distillation with no labels (Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", 2021).
+
+The student sees every crop, the teacher (an EMA of the student) only the two global ones; on each pair of different
+crops the student's distribution over K prototypes should match the teacher's, which is centred and sharpened.
+Equal to facebookresearch/dino, main_dino.py, in its numbers.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+from selfsight import encoders
+from selfsight.collective import Collective
+from selfsight.errors import UserError
+from selfsight.objectives.base import Objective, Outcome, ParameterRule, Progress
+from selfsight.recipe import EncoderConfig
+from selfsight.viewspec import CropSpec, ViewSpec
+
+
+@dataclass
+class DINOConfig:
+    out_dim: int = 65536  # K prototypes
+    hidden_dim: int = 2048
+    bottleneck_dim: int = 256
+    head_layers: int = 3
+    norm_last_layer: bool = True  # prototypes of length 1; the official code turns it off for ViT-S and ViT-Ti
+    freeze_last_layer: int = 1  # epochs in which the prototypes do not move
+
+    student_temp: float = 0.1
+    warmup_teacher_temp: float = 0.04
+    teacher_temp: float = 0.04
+    warmup_teacher_temp_epochs: int = 0  # linear from the one to the other, a step per epoch
+    center_momentum: float = 0.9
+    momentum_teacher: float = 0.996  # rises to 1 along a cosine
+
+    global_crops_size: int = 224  # pixels
+    global_crops_scale: list[float] = field(default_factory=lambda: [0.4, 1.0])  # fraction of the image's area
+    local_crops_number: int = 8
+    local_crops_size: int = 96
+    local_crops_scale: list[float] = field(default_factory=lambda: [0.05, 0.4])
+    flip: float = 0.5  # this and the next: probabilities
+    jitter: float = 0.8
+    brightness: float = 0.4  # strengths of the colour jitter
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    grayscale: float = 0.2
+    blur: list[float] = field(default_factory=lambda: [1.0, 0.1, 0.5])  # probability: first, second global, local crops
+    blur_radius: list[float] = field(default_factory=lambda: [0.1, 2.0])  # pixels
+    solarize: float = 0.2  # probability, of the second global crop only
+
+
+class DINO(Objective):
+    Config = DINOConfig
+    center: Tensor
+    pending_sum: Tensor
+    pending_rows: Tensor
+
+    def __init__(self, config: DINOConfig, encoder: EncoderConfig, collective: Collective | None = None) -> None:
+        super().__init__(config, encoder, collective)
+        self.config = _checked(config)
+        self.collective = collective or Collective()
+        self.student = encoders.build(encoder, pos_interpolation="dino")
+        if not self.student.vit.has_class_token:
+            raise UserError(f"dino compares class tokens and {encoder.name} has none: choose another encoder")
+        trunc_normal_(self.student.vit.cls_token, std=0.02)  # the one place where timm's initialisation is another
+        self.student_head = self._head()
+
+        self.teacher = encoders.build(encoder, drop_path=False, pos_interpolation="dino")
+        self.teacher_head = self._head()
+        for student, teacher in self.teacher_pairs():
+            teacher.load_state_dict(student.state_dict())
+            teacher.requires_grad_(False)
+
+        self.register_buffer("center", torch.zeros(config.out_dim))
+        self.register_buffer("pending_sum", torch.zeros(config.out_dim), persistent=False)
+        self.register_buffer("pending_rows", torch.zeros(1), persistent=False)
+
+    def _head(self) -> encoders.DINOHead:
+        c = self.config
+        return encoders.DINOHead(
+            self.student.embed_dim,
+            c.out_dim,
+            hidden_dim=c.hidden_dim,
+            bottleneck_dim=c.bottleneck_dim,
+            nlayers=c.head_layers,
+            norm_last_layer=c.norm_last_layer,
+        )
+
+    def views(self) -> ViewSpec:
+        c = self.config
+        colours = {
+            k: getattr(c, k) for k in ("flip", "jitter", "brightness", "contrast", "saturation", "hue", "grayscale")
+        }
+        colours["blur_radius"] = tuple(c.blur_radius)
+        for size in (c.global_crops_size, c.local_crops_size):
+            self.student.grid(size)  # refuses what the patch does not divide, before any data are read
+        crops = [
+            CropSpec(
+                "global",
+                2,
+                c.global_crops_size,
+                tuple(c.global_crops_scale),
+                blur=tuple(c.blur[:2]),
+                solarize=(0.0, c.solarize),
+                **colours,
+            )
+        ]
+        if n := c.local_crops_number:
+            blur = (c.blur[2],) * n
+            crops.append(CropSpec("local", n, c.local_crops_size, tuple(c.local_crops_scale), blur=blur, **colours))
+        return ViewSpec(tuple(crops))
+
+    def forward(self, batch: dict[str, Tensor], progress: Progress) -> Outcome:
+        """batch: "global" (2, B, 3, S, S) and, unless there are no local crops, "local" (n, B, 3, s, s)."""
+        c = self.config
+        crops = [batch[name] for name in ("global", "local") if name in batch]
+        with torch.no_grad():
+            cls_t, logits_t = self._project(self.teacher, self.teacher_head, crops[:1])
+            log_q = F.log_softmax((logits_t - self.center) / self.teacher_temperature(progress), dim=-1)
+            q = log_q.exp()  # (2, B, K)
+            if self.training:
+                self.pending_sum += logits_t.sum(dim=(0, 1))
+                self.pending_rows += logits_t.shape[0] * logits_t.shape[1]
+        _, logits_s = self._project(self.student, self.student_head, crops)
+        loss = dino_loss(logits_s, q, c.student_temp)
+
+        entropy = -(q * log_q).sum(dim=-1).mean()
+        metrics = {
+            "teacher_entropy": entropy,  # 0: one prototype takes all; ln K: all alike
+            "kl": loss.detach() - entropy,  # teacher ‖ student: what training can still remove
+        }
+        return Outcome(loss, features=cls_t[: len(cls_t) // 2], metrics=metrics)
+
+    def _project(self, encoder: encoders.Encoder, head: nn.Module, crops: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Class tokens (V·B, D) and logits (V, B, K) of all crops: one forward per resolution, then one of the head."""
+        batch = crops[0].shape[1]
+        cls = torch.cat([encoder(rearrange(crop, "v b c h w -> (v b) c h w")).cls for crop in crops])
+        logits = rearrange(head(cls), "(v b) k -> v b k", b=batch)
+        return cls, logits.to(torch.promote_types(logits.dtype, torch.float32))  # softmax and loss leave autocast here
+
+    def teacher_temperature(self, progress: Progress) -> float:
+        """τ_t of this epoch; the warm-up includes its end point, as numpy's linspace does."""
+        c, epoch, n = self.config, progress.epoch, self.config.warmup_teacher_temp_epochs
+        if epoch >= n:
+            return c.teacher_temp
+        return c.warmup_teacher_temp + (c.teacher_temp - c.warmup_teacher_temp) * epoch / max(n - 1, 1)
+
+    def teacher_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        return [(self.student, self.teacher), (self.student_head, self.teacher_head)]
+
+    def teacher_momentum(self, progress: Progress) -> float:
+        cosine = math.cos(math.pi * progress.step / progress.total_steps)
+        return 1.0 + 0.5 * (self.config.momentum_teacher - 1.0) * (1.0 + cosine)
+
+    def parameter_rules(self) -> list[ParameterRule]:
+        frozen = self.config.freeze_last_layer
+        return [ParameterRule("student_head.last_layer.", lambda progress: float(progress.epoch >= frozen))]
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Moves the centre by the mean of all teacher logits of this step, over micro-batches and ranks (equation 4)."""
+        total = self.collective.all_reduce_sum(torch.cat([self.pending_sum, self.pending_rows]))
+        m = self.config.center_momentum
+        self.center.copy_(self.center * m + total[:-1] / total[-1] * (1 - m))
+        self.discard_step()
+
+    def discard_step(self) -> None:
+        self.pending_sum.zero_()
+        self.pending_rows.zero_()
+
+    def collapse_loss(self) -> float:
+        return math.log(self.config.out_dim)  # a uniform student, whatever the teacher says
+
+
+def dino_loss(logits_s: Tensor, q: Tensor, student_temp: float) -> Tensor:
+    """Cross-entropy H(q_t, p_s), averaged over images and over all pairs of different crops; a scalar.
+
+    logits_s (V, B, K) of the student, crops 0 and 1 being the teacher's; q (2, B, K) probabilities of the teacher.
+    The sum over pairs is the product of the sums, less the pairs of a crop with itself: no loop over 2·V of them.
+    """
+    log_p = F.log_softmax(logits_s / student_temp, dim=-1)
+    all_pairs = (q.sum(dim=0) * log_p.sum(dim=0)).sum()
+    same_crop = (q * log_p[: len(q)]).sum()
+    n_pairs = len(q) * (len(log_p) - 1)
+    return (same_crop - all_pairs) / (n_pairs * q.shape[1])
+
+
+def _checked(c: DINOConfig) -> DINOConfig:
+    if len(c.blur) != 3:
+        raise UserError("objective.blur should be three probabilities: first global, second global, local crops")
+    for name in ("global_crops_scale", "local_crops_scale", "blur_radius"):
+        if len(getattr(c, name)) != 2:
+            raise UserError(f"objective.{name} should be two numbers: from, to")
+    for name in ("student_temp", "teacher_temp", "warmup_teacher_temp"):
+        if getattr(c, name) <= 0:
+            raise UserError(f"objective.{name} should be above 0")
+    return c
