@@ -7,7 +7,7 @@ import inspect
 from typing import Any
 
 import timm
-from timm.layers import PatchEmbed
+from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 
 from selfsight.encoders.encoder import Encoder, PosInterpolation
@@ -54,7 +54,7 @@ def build(config: EncoderConfig, *, drop_path: bool = True, pos_interpolation: P
         near = difflib.get_close_matches(config.name, timm.list_models(module="vision_transformer"), n=1, cutoff=0.0)
         raise UserError(f"{config.name} is not a plain Vision Transformer: choose one such as {near[0]}")
     vit.reset_classifier(0, "token" if vit.has_class_token else "avg")
-    height, width = vit.patch_embed.patch_size
+    height, width = (int(side) for side in vit.patch_embed.patch_size)
     if height != width:
         raise UserError(f"encoder.args.patch_size is {height}×{width}: choose a square patch")
     if config.img_size % height:

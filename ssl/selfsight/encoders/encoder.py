@@ -54,7 +54,7 @@ class Encoder(nn.Module):
         self.depth = len(vit.blocks)
         self.num_prefix: int = vit.num_prefix_tokens  # class token and registers
         self.table_grid: tuple[int, int] = tuple(vit.patch_embed.grid_size)  # of the position table
-        self._matrices: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
+        self._matrices: dict[tuple, Tensor] = {}
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Tokens:
         """images (B, 3, H, W) float, normalised; keep (B, n_keep) int64 indices of the patches that the blocks see.
@@ -137,7 +137,7 @@ class Encoder(nn.Module):
 
     def _prefix(self) -> Tensor:
         vit = self.vit
-        tokens = [token for token in (vit.cls_token, vit.reg_token) if token is not None]
+        tokens: list[Tensor] = [token for token in (vit.cls_token, vit.reg_token) if token is not None]
         return torch.cat(tokens, dim=1) if tokens else vit.patch_embed.proj.weight.new_empty(1, 0, self.embed_dim)
 
     def _split(self, x_BTD: Tensor, grid: tuple[int, int] | None) -> Tokens:
@@ -151,7 +151,7 @@ class Encoder(nn.Module):
 
     def _matrix(self, grid: tuple[int, int], table: Tensor) -> Tensor:
         # Few sizes come up in a run (global and local crops), so each matrix is made once and kept, outside the state.
-        key = (*grid, table.device, table.dtype)
+        key = (self.pos_interpolation, *grid, table.device, table.dtype)
         if key not in self._matrices:
             with torch.inference_mode(False):  # a matrix first needed for inference may be needed for training later
                 matrix = resampling_matrix(self.table_grid, grid, self.pos_interpolation)

@@ -2,12 +2,11 @@
 
 import torch
 import torch.nn.functional as F
-from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 
 class WeightNormLinear(nn.Module):
-    """A bias-free linear layer whose rows are weight_g · weight_v / ‖weight_v‖, under the names of torch's weight_norm."""
+    """A linear layer without bias whose rows are weight_g · weight_v / ‖weight_v‖; the names are torch.weight_norm's."""
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
@@ -58,6 +57,6 @@ class DINOHead(nn.Module):
 def init_linear(module: nn.Module) -> None:
     """For `module.apply`: truncated normal of 0.02 for linear weights, zero for their biases."""
     if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
+        nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -28,7 +28,7 @@ def resampling_matrix(old: tuple[int, int], new: tuple[int, int], how: str) -> T
 
 
 def sincos_table(dim: int, grid: int, prefix: int = 0) -> Tensor:
-    """MAE's fixed 2-D table: float64 (prefix + grid², dim), rows for `prefix` tokens are zero (models_mae.py, pos_embed.py).
+    """MAE's fixed 2-D table, float64 (prefix + grid², dim), the rows of `prefix` tokens zero (util/pos_embed.py).
 
     The first half of the channels encodes the column, the second the row; each half is [sin | cos] with the
     frequencies 10000^(−i / (dim/4)). `dim` must be a multiple of 4.

@@ -1,4 +1,5 @@
-"""DINO: self-distillation with no labels (Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", 2021).
+"""DINO: self-distillation with no labels (Caron et al. 2021, "Emerging Properties in Self-Supervised Vision
+Transformers").
 
 The student sees every crop, the teacher (an EMA of the student) only the two global ones; on each pair of different
 crops the student's distribution over K prototypes should match the teacher's, which is centred and sharpened.
@@ -6,12 +7,11 @@ Equal to facebookresearch/dino, main_dino.py, in its numbers.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from selfsight import encoders
@@ -68,7 +68,9 @@ class DINO(Objective):
         self.student = encoders.build(encoder, pos_interpolation="dino")
         if not self.student.vit.has_class_token:
             raise UserError(f"dino compares class tokens and {encoder.name} has none: choose another encoder")
-        trunc_normal_(self.student.vit.cls_token, std=0.02)  # the one place where timm's initialisation is another
+        nn.init.trunc_normal_(
+            self.student.vit.cls_token, std=0.02
+        )  # the one place where timm's initialisation is another
         self.student_head = self._head()
 
         self.teacher = encoders.build(encoder, drop_path=False, pos_interpolation="dino")
@@ -94,27 +96,36 @@ class DINO(Objective):
 
     def views(self) -> ViewSpec:
         c = self.config
-        colours = {
-            k: getattr(c, k) for k in ("flip", "jitter", "brightness", "contrast", "saturation", "hue", "grayscale")
-        }
-        colours["blur_radius"] = tuple(c.blur_radius)
-        for size in (c.global_crops_size, c.local_crops_size):
-            self.student.grid(size)  # refuses what the patch does not divide, before any data are read
-        crops = [
-            CropSpec(
-                "global",
-                2,
-                c.global_crops_size,
-                tuple(c.global_crops_scale),
-                blur=tuple(c.blur[:2]),
-                solarize=(0.0, c.solarize),
-                **colours,
-            )
-        ]
-        if n := c.local_crops_number:
-            blur = (c.blur[2],) * n
-            crops.append(CropSpec("local", n, c.local_crops_size, tuple(c.local_crops_scale), blur=blur, **colours))
-        return ViewSpec(tuple(crops))
+        first, second, local = c.blur
+        global_crops = CropSpec(
+            name="global",
+            count=2,
+            size=c.global_crops_size,
+            scale=_range(c.global_crops_scale),
+            flip=c.flip,
+            jitter=c.jitter,
+            brightness=c.brightness,
+            contrast=c.contrast,
+            saturation=c.saturation,
+            hue=c.hue,
+            grayscale=c.grayscale,
+            blur=(first, second),
+            blur_radius=_range(c.blur_radius),
+            solarize=(0.0, c.solarize),
+        )
+        local_crops = replace(
+            global_crops,
+            name="local",
+            count=c.local_crops_number,
+            size=c.local_crops_size,
+            scale=_range(c.local_crops_scale),
+            blur=(local,) * c.local_crops_number,
+            solarize=(),
+        )
+        crops = tuple(crop for crop in (global_crops, local_crops) if crop.count)
+        for crop in crops:
+            self.student.grid(crop.size)  # refuses a size that the patch does not divide before any image is read
+        return ViewSpec(crops)
 
     def forward(self, batch: dict[str, Tensor], progress: Progress) -> Outcome:
         """batch: "global" (2, B, 3, S, S) and, unless there are no local crops, "local" (n, B, 3, s, s)."""
@@ -164,7 +175,7 @@ class DINO(Objective):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Moves the centre by the mean of all teacher logits of this step, over micro-batches and ranks (equation 4)."""
+        """Moves the centre towards the mean teacher logits of this step's micro-batches on all ranks (equation 4)."""
         total = self.collective.all_reduce_sum(torch.cat([self.pending_sum, self.pending_rows]))
         m = self.config.center_momentum
         self.center.copy_(self.center * m + total[:-1] / total[-1] * (1 - m))
@@ -201,3 +212,8 @@ def _checked(c: DINOConfig) -> DINOConfig:
         if getattr(c, name) <= 0:
             raise UserError(f"objective.{name} should be above 0")
     return c
+
+
+def _range(values: list[float]) -> tuple[float, float]:
+    low, high = values
+    return low, high

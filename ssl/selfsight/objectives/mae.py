@@ -131,7 +131,7 @@ class MAE(Objective):
 
 
 def random_masking(noise: Tensor, len_keep: int) -> tuple[Tensor, Tensor, Tensor]:
-    """noise (B, L) → ids_keep (B, len_keep) in ascending order of noise, ids_restore (B, L), mask (B, L), 1 = hidden."""
+    """noise (B, L) → ids_keep (B, len_keep) by ascending noise, ids_restore (B, L), mask (B, L) with 1 = hidden."""
     ids_shuffle = noise.argsort(dim=1, stable=True)  # stable: equal noise means the same mask on every device
     ids_restore = ids_shuffle.argsort(dim=1)
     return ids_shuffle[:, :len_keep], ids_restore, (ids_restore >= len_keep).to(noise.dtype)
@@ -145,7 +145,7 @@ def patchify(images: Tensor, patch: int) -> Tensor:
 def mae_loss(pred: Tensor, target: Tensor, mask: Tensor, norm_pix_loss: bool) -> Tensor:
     """Mean squared error over the hidden patches; pred and target (B, L, patch²·3), mask (B, L); a scalar.
 
-    With `norm_pix_loss` each target patch is normalised by its mean and its unbiased variance, as the paper's code does.
+    With `norm_pix_loss` each target patch is normalised by its mean and its unbiased variance.
     """
     if norm_pix_loss:
         mean, var = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
