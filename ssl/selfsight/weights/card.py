@@ -4,7 +4,7 @@ from typing import Any
 
 
 def model_card(config: dict[str, Any], origin: dict[str, Any]) -> str:
-    """The text of README.md for `config` (config.json) and `origin` (selfsight.json). The licence is the owner's to fill in."""
+    """The text of README.md for `config` (config.json) and `origin` (selfsight.json). The licence is left open."""
     meta, weights, prep = origin["meta"], origin["weights"], origin["preprocess"]
     size = prep["input_size"][1]
     rows = {
@@ -52,8 +52,8 @@ model = timm.create_model("local-dir:path/to/this/folder", pretrained=True)
 
 ## Preprocessing
 
-Scale the shorter side to {int(size / prep["crop_pct"])} pixels ({prep["interpolation"]}), crop {size} × {size} at the centre, divide by
-255, subtract {prep["mean"]} and divide by {prep["std"]}. `encoder.preprocess` does it.
+Scale the shorter side to {int(size / prep["crop_pct"])} pixels ({prep["interpolation"]}), crop {size} × {size} at
+the centre, divide by 255, subtract {prep["mean"]} and divide by {prep["std"]}. `encoder.preprocess` does it.
 
 ## Licence
 

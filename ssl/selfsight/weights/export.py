@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from selfsight import __version__
+from selfsight import __version__, encoders
 from selfsight.encoders import Encoder
 from selfsight.errors import UserError
 from selfsight.recipe import EncoderConfig
@@ -52,8 +52,11 @@ def _write(encoder: Encoder, config: EncoderConfig, folder: Path, meta: dict[str
         "architecture": config.name.split(".")[0],  # timm's name without the tag of someone else's weights
         "num_classes": 0,
         "num_features": encoder.embed_dim,
-        "global_pool": vit.global_pool,
-        "model_args": {"img_size": config.img_size, **config.args},
+        "global_pool": "token" if vit.has_class_token else "avg",
+        "model_args": {
+            **encoders.model_args(config),
+            **({} if vit.has_class_token else {"global_pool": "avg"}),
+        },
         "pretrained_cfg": {
             **preprocess,
             "fixed_input_size": True,
@@ -97,11 +100,11 @@ def _check(encoder: Encoder, export: Export) -> None:
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
         model = timm.create_model(f"local-dir:{export.path}", pretrained=True).eval()
         pooled = model(fingerprint.synthetic_image(recorded.size))[0]
-    if model.global_pool == "token":  # otherwise timm pools in its own way, and there is nothing to compare with
-        expected = fingerprint.Fingerprint(recorded.size, recorded.values[: encoder.embed_dim])
-        actual = fingerprint.Fingerprint(recorded.size, tuple(pooled.tolist()))
-        if apart := fingerprint.difference(expected, actual):
-            raise UserError(f"timm reads other features from these weights ({apart}): this encoder cannot be exported")
+    # The class token, or the mean patch token of an encoder without one.
+    expected = fingerprint.Fingerprint(recorded.size, recorded.values[: encoder.embed_dim])
+    actual = fingerprint.Fingerprint(recorded.size, tuple(pooled.tolist()))
+    if apart := fingerprint.difference(expected, actual):
+        raise UserError(f"timm reads other features from these weights ({apart}): this encoder cannot be exported")
 
 
 def _publish(export: Export, out: Path) -> None:

@@ -20,6 +20,8 @@ from selfsight.recipe import EncoderConfig
 
 CONFIG, WEIGHTS, ORIGIN, CARD = "config.json", "model.safetensors", "selfsight.json", "README.md"
 SCHEMA = 1
+# timm arguments that the export adds to the encoder's own.
+SET_BY_EXPORT = ("img_size", "dynamic_img_size", "fc_norm", "global_pool")
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,15 @@ class Export:
             absent = [k for k in keys if k not in document]
             if absent:
                 raise UserError(f"{path / name} lacks {', '.join(absent)}: export the weights again")
+        if origin["pos_interpolation"] not in ("dino", "timm"):
+            raise UserError(f"{path / ORIGIN}: pos_interpolation should be dino or timm: export the weights again")
         return cls(path, config, origin)
 
     @property
     def encoder(self) -> EncoderConfig:
         """The encoder these weights belong to. Raises UserError when config.json does not say."""
-        args = dict(self.config["model_args"])
-        size = args.pop("img_size", None)
+        args = {k: v for k, v in self.config["model_args"].items() if k not in SET_BY_EXPORT}
+        size = self.config["model_args"].get("img_size")
         if not isinstance(size, int) or not isinstance(self.config["architecture"], str):
             raise UserError(f"{self.path / CONFIG} does not name an architecture and an img_size: export again")
         return EncoderConfig(name=self.config["architecture"], img_size=size, args=args)
@@ -88,9 +92,9 @@ def sha256(path: Path) -> str:
 def read_tensors(path: Path, expected: dict[str, Tensor], *, prefix: str = "") -> dict[str, Tensor]:
     """The tensors of the safetensors file `path` below `prefix`, named without it, mapped, not copied.
 
-    `expected` gives the names, shapes and dtypes that must be there (its values are not read; meta tensors do). Names and
-    shapes are compared on the header, before memory is taken. Raises UserError naming what is missing, left over or of
-    another shape, and for a file that is cut short.
+    `expected` gives the names, shapes and dtypes that must be there (its values are not read; meta tensors do). Names
+    and shapes are compared on the header, before memory is taken. Raises UserError naming what is missing, left over or
+    of another shape, and for a file that is cut short.
     """
     found: dict[str, Tensor] = {}
     try:

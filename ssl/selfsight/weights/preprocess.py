@@ -15,8 +15,8 @@ Preprocess = Callable[[Image.Image], Tensor]
 def settings(img_size: int) -> dict[str, Any]:
     """What goes into config.json's pretrained_cfg and selfsight.json.
 
-    Photographs are scaled to 8/7 of the size and cropped at the centre (256 → 224), as DINO and MAE evaluate. Thumbnails
-    (below 96 pixels: CIFAR and its like) fill their frame already and are not cropped.
+    Photographs are scaled to 8/7 of the size and cropped at the centre (256 → 224), as DINO and MAE evaluate.
+    Thumbnails (below 96 pixels: CIFAR and its like) fill their frame already and are not cropped.
     """
     return {
         "input_size": [3, img_size, img_size],

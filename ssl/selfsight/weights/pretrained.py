@@ -1,7 +1,7 @@
-"""Weights → an encoder ready for use. Loading is all or nothing: every tensor by name, shape and digest, then the fingerprint.
+"""Weights → an encoder ready for use. Loading is all or nothing: every name, shape and digest, then the fingerprint.
 
 encoder = selfsight.load_pretrained("run/exports/step_00010000")
-tokens = encoder(encoder.preprocess(image).unsqueeze(0))       # .cls, .patches, .registers, .avg
+tokens = encoder(encoder.preprocess(image).unsqueeze(0))  # .cls, .patches, .registers, .avg
 """
 
 from pathlib import Path
@@ -50,8 +50,8 @@ class PretrainedEncoder(nn.Module):
 def load_pretrained(path: str | Path, *, device: str | torch.device = "cpu") -> PretrainedEncoder:
     """The encoder in `path`: an export folder, or a run, of which the newest export is taken.
 
-    Raises UserError when the folder is no export, when a tensor is missing, left over or of another shape, when the file
-    is not the one that was exported, and when the fingerprint is not reproduced.
+    Raises UserError when the folder is no export, when a tensor is missing, left over or of another shape, when the
+    file is not the one that was exported, and when the fingerprint is not reproduced.
     """
     path = Path(path)
     if is_run(path):
@@ -60,14 +60,14 @@ def load_pretrained(path: str | Path, *, device: str | torch.device = "cpu") -> 
     encoder = read_encoder(export)
     if (actual := sha256(path / WEIGHTS)) != export.digest:
         raise UserError(
-            f"{path / WEIGHTS} is not the file that was exported (sha256 {actual[:12]}…, recorded {export.digest[:12]}…): "
-            "copy it again"
+            f"{path / WEIGHTS} is not the file that was exported (sha256 {actual[:12]}…, recorded "
+            f"{export.digest[:12]}…): copy it again"
         )
     expected = fingerprint.Fingerprint.from_json(export.origin["fingerprint"])
     if apart := fingerprint.difference(expected, fingerprint.take(encoder, expected.size)):
         raise UserError(
-            f"the encoder built from {path} does not reproduce its fingerprint ({apart}): config.json does not describe "
-            "these weights, or a library computes differently; export them again"
+            f"the encoder built from {path} does not reproduce its fingerprint ({apart}): config.json does not "
+            "describe these weights, or a library computes differently; export them again"
         )
     return PretrainedEncoder(encoder, export).to(device)
 
@@ -76,7 +76,6 @@ def read_encoder(export: Export) -> Encoder:
     """The encoder an export describes, on the CPU in evaluation mode, its tensors checked but not its fingerprint."""
     # Building draws initial weights; the caller's random state is none of their business.
     with torch.random.fork_rng(devices=[]):
-        encoder = encoders.build(export.encoder, drop_path=False)
-    encoder.pos_interpolation = export.origin["pos_interpolation"]
+        encoder = encoders.build(export.encoder, drop_path=False, pos_interpolation=export.origin["pos_interpolation"])
     encoder.vit.load_state_dict(read_tensors(export.path / WEIGHTS, encoder.vit.state_dict()), strict=True)
     return encoder.eval()
