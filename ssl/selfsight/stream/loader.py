@@ -11,7 +11,6 @@ import threading
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,12 +18,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from selfsight.errors import UserError
+from selfsight.shards import Corpus
 from selfsight.stream.order import Order
 from selfsight.stream.views import Views
 from selfsight.viewspec import MEAN, STD
-
-if TYPE_CHECKING:
-    from selfsight.shards.corpus import Corpus
 
 MAX_WORKERS = 16
 _NOBODY = -1
@@ -45,7 +42,7 @@ class _Failure:
 class _Steps(Dataset):
     """Map-style: item `t` is the list of this rank's micro-batches of step `t`."""
 
-    def __init__(self, corpus: "Corpus", order: Order, views: Views, start: int, stop: int, parts: int, workers: int):
+    def __init__(self, corpus: Corpus, order: Order, views: Views, start: int, stop: int, parts: int, workers: int):
         self.corpus, self.order, self.views = corpus, order, views
         self.start, self.stop, self.parts = start, stop, parts
         # (pid, ordinal in hand) of each worker, so that the main process can name what a worker died of.
@@ -58,7 +55,7 @@ class _Steps(Dataset):
                 self._batch(o, v)
                 for o, v in zip(np.split(ordinals, self.parts), np.split(visits, self.parts), strict=True)
             ]
-        except (UserError, OSError) as e:
+        except UserError as e:
             return _Failure(str(e))
 
     def _batch(self, ordinals: np.ndarray, visits: np.ndarray) -> dict[str, Tensor]:
@@ -68,12 +65,11 @@ class _Steps(Dataset):
         arrays = self.views.allocate(len(ordinals))
         for i, (ordinal, visit) in enumerate(zip(ordinals.tolist(), visits.tolist(), strict=True)):
             in_hand[1] = ordinal
-            sample = self.corpus.sample(ordinal)
             try:
-                image = self.views.decode(sample.data)
-            except ValueError as e:
+                image = self.views.decode(self.corpus.sample(ordinal).data)
+            except (OSError, ValueError) as e:  # of the disk; of damaged shards and images
                 raise UserError(
-                    f"image {_name(self.corpus, ordinal)} does not decode ({e}): run selfsight corpus verify"
+                    f"cannot read image {_name(self.corpus, ordinal)} ({e}): run selfsight corpus verify"
                 ) from e
             self.views.into(image, ordinal, visit, arrays, i)
         in_hand[1] = _NOBODY
@@ -93,7 +89,7 @@ class StepLoader:
 
     def __init__(
         self,
-        corpus: "Corpus",
+        corpus: Corpus,
         order: Order,
         views: Views,
         *,
@@ -132,8 +128,13 @@ class StepLoader:
             generator=torch.Generator().manual_seed(0),
             worker_init_fn=_heed_parent_only,
         )
+        # torch's handler of SIGCHLD would raise wherever the trainer happens to be; without it `next` notices soon.
+        on_child = signal.getsignal(signal.SIGCHLD)
+        steps = iter(loader)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, on_child)
         try:
-            for batches in loader:
+            for batches in steps:
                 if isinstance(batches, _Failure):
                     raise UserError(batches.sentence)
                 yield batches
@@ -145,12 +146,10 @@ class StepLoader:
     def _obituary(self, message: str) -> str:
         """One sentence about a worker that died, from torch's message, which holds its pid."""
         named = {int(pid) for pid in re.findall(r"\d+", message)}
-        cause = re.search(r"killed by signal: ([^.(]*)", message)
         at = [_name(self._steps.corpus, o) for pid, o in self._steps.in_hand.tolist() if pid in named and o != _NOBODY]
         return (
-            f"a process that decodes images died{f' ({cause[1].strip()})' if cause else ''}"
-            f"{f' at image {at[0]}' if at else ''}: if memory or /dev/shm is short lower stream.workers, "
-            "else run selfsight corpus verify"
+            f"a process that decodes images died{f' at image {at[0]}' if at else ''}: "
+            "lower stream.workers if memory or /dev/shm is short, else run selfsight corpus verify"
         )
 
 
@@ -171,7 +170,7 @@ def _heed_parent_only(worker: int) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _name(corpus: "Corpus", ordinal: int) -> str:
+def _name(corpus: Corpus, ordinal: int) -> str:
     chunk = bisect_right(corpus.chunks["first"], ordinal) - 1
     return f"{ordinal:012d} in {corpus.path / 'shards' / format(corpus.chunks['shard'][chunk], '06d')}.tar"
 
