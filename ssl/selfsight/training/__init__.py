@@ -1,0 +1,8 @@
+"""Recipe in, checkpoints and exports out: the DeepSpeed engine, the loop, schedules, teacher, monitors and stopping.
+
+This package owns every side effect of a run. `pretrain` is the one call; everything else is its parts.
+"""
+
+from selfsight.training.run import Diverged, Stopped, pretrain
+
+__all__ = ["Diverged", "Stopped", "pretrain"]

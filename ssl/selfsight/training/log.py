@@ -1,0 +1,69 @@
+"""The log of a run: metrics.jsonl, one object per line, and the same numbers for TensorBoard. Only rank 0 writes.
+
+A line is either a record of one step (it has "loss") or an event (it has "event", a sentence). When a run continues
+from a checkpoint, lines of later steps are cut off, so that the file reads as if it had never stopped.
+"""
+
+import json
+import os
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+FILE = "metrics.jsonl"
+
+
+class Log:
+    """Appends to the log of `run`, which is cut back to `step` first."""
+
+    def __init__(self, run: Path, step: int) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        cut(run / FILE, step)
+        self._file = (run / FILE).open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def record(self, step: int, values: dict[str, float]) -> None:
+        """One step's numbers; "step" counts the steps done."""
+        self._line({"step": step, **values})
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def event(self, step: int, sentence: str) -> None:
+        self._line({"step": step, "event": sentence})
+        self._board.add_text("event", sentence, step)
+
+    def flush(self) -> None:
+        """To the disk: whatever a checkpoint is followed by has been logged."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._board.flush()
+
+    def close(self) -> None:
+        self.flush()
+        self._file.close()
+        self._board.close()
+
+    def _line(self, entry: dict[str, Any]) -> None:
+        plain = {k: None if isinstance(v, float) and not isfinite(v) else v for k, v in entry.items()}
+        self._file.write(json.dumps(plain, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+
+def cut(path: Path, step: int) -> None:
+    """Drops the lines of steps after `step`, and a last line that a kill left unfinished, in one atomic move."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    temporary = path.with_name(f".{path.name}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,82 @@
+"""Signs that training learns nothing, told in words that say what to try.
+
+In: the numbers of logged steps. Out: sentences, each when its sign has lasted for several records in a row, and again
+only after it had gone. RankMe: Garrido et al. 2023, arXiv:2210.02885.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+PATIENCE = 5  # records in a row
+LOSS_BAND = 1e-3  # of ln K: a loss this close to it is that of a constant output
+SPREAD_FLOOR = 0.01  # of 1, the spread of features that are all over the sphere
+RANK_FLOOR = 1.5  # RankMe of features that lie on one line is 1
+ENTROPY_BAND = 0.01  # of ln K, from either end
+TRY = "try a smaller optimizer.base_lr, a longer warm-up, a larger batch"
+
+
+@dataclass(frozen=True)
+class Sign:
+    name: str
+    present: Callable[[dict[str, float]], bool]
+    sentence: str
+
+
+class Monitor:
+    """Looks at records. `collapse_loss` is the loss of a constant output, if known; `warmup_steps` are not judged."""
+
+    def __init__(self, collapse_loss: float | None, *, warmup_steps: int = 0, teacher: bool = False) -> None:
+        self.warmup_steps = warmup_steps
+        self.signs = _signs(collapse_loss, teacher)
+        self._seen = dict.fromkeys((s.name for s in self.signs), 0)
+
+    def look(self, record: dict[str, float]) -> list[str]:
+        """Sentences about this record, which has "step", "loss", "feature_spread", "rankme" and the objective's own."""
+        told = []
+        for sign in self.signs:
+            seen = self._seen[sign.name] + 1 if sign.present(record) else 0
+            self._seen[sign.name] = 0 if record["step"] <= self.warmup_steps else seen
+            if self._seen[sign.name] == PATIENCE:
+                told.append(f"step {record['step']}: {sign.sentence.format(**record)}")
+        return told
+
+
+def _signs(collapse_loss: float | None, teacher: bool) -> list[Sign]:
+    signs = [
+        Sign(
+            "spread",
+            lambda r: r["feature_spread"] < SPREAD_FLOOR,
+            "features hardly differ between images (spread {feature_spread:.4f}): the encoder has collapsed; " + TRY,
+        ),
+        Sign(
+            "rank",
+            lambda r: r["rankme"] < RANK_FLOOR,
+            "features vary along one direction only (RankMe {rankme:.2f}): the encoder has collapsed; " + TRY,
+        ),
+    ]
+    if collapse_loss is not None:
+        signs.append(
+            Sign(
+                "loss",
+                lambda r: abs(r["loss"] - collapse_loss) < LOSS_BAND * collapse_loss,
+                f"the loss {{loss:.4f}} stays at {collapse_loss:.4f}, that of an output which tells nothing: "
+                + TRY
+                + (", a lower teacher temperature" if teacher else ""),
+            )
+        )
+    if collapse_loss is not None and teacher:
+        signs += [
+            Sign(
+                "sharp",
+                lambda r: r.get("teacher_entropy", collapse_loss) < ENTROPY_BAND * collapse_loss,
+                "the teacher puts every image on a single prototype (entropy {teacher_entropy:.4f}): "
+                "try a higher teacher temperature or a longer temperature warm-up",
+            ),
+            Sign(
+                "flat",
+                lambda r: r.get("teacher_entropy", 0.0) > (1 - LOSS_BAND) * collapse_loss,
+                "the teacher sees no difference between prototypes (entropy {teacher_entropy:.4f}, at most "
+                f"{collapse_loss:.4f}): try a lower teacher temperature",
+            ),
+        ]
+    return signs

@@ -1,0 +1,101 @@
+"""Keys that are null in a recipe, settled from the hardware and the corpus; and what may change when a run goes on."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from selfsight import objectives
+from selfsight import recipe as recipes
+from selfsight.errors import UserError
+from selfsight.recipe import Recipe
+from selfsight.stream.loader import auto_workers
+from selfsight.stream.order import auto_lanes
+from selfsight.training import schedules
+
+# Keys that a continued run takes from its first part when they are null now.
+SETTLED = ("stream.lanes", "training.precision")
+# Keys that change nothing about what is learnt. The corpus is compared by its id, not by where it lies.
+FREE = ("corpus", "output", "stream.workers", "training.log_every", "training.checkpoint_every", "training.keep")
+
+
+def load(source: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """A recipe whose objective's keys are those of the objective it names."""
+    return recipes.load(source, overrides, objective=lambda name: objectives.find(name).Config)
+
+
+def check(recipe: Recipe) -> None:
+    """Raises UserError for values that no hardware and no corpus can make right."""
+    training = recipe.training
+    schedules.check(recipe.optimizer, recipe.epochs)
+    if training.zero not in (0, 1):
+        raise UserError(f"training.zero is {training.zero}: choose 0 or 1")
+    if training.precision not in (None, "fp32", "bf16"):
+        raise UserError(f"training.precision is {training.precision!r}: choose fp32 or bf16, or leave it null")
+    if len(recipe.optimizer.betas) != 2:
+        raise UserError("optimizer.betas needs two numbers, such as [0.9, 0.999]")
+    if recipe.epochs <= 0:
+        raise UserError(f"epochs is {recipe.epochs:g}: give a positive number")
+    for key in (
+        "batch_size",
+        "training.accumulation",
+        "training.log_every",
+        "training.checkpoint_every",
+        "training.keep",
+    ):
+        if (value := _get(recipe, key)) < 1:
+            raise UserError(f"{key} is {value}: give 1 or more")
+
+
+def settle(recipe: Recipe, *, chunks: int | None = None, ranks_here: int = 1) -> None:
+    """Gives every null key its value; `chunks` is the number of chunks of the corpus, where it is known."""
+    if recipe.training.precision is None:
+        if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
+            recipe.set("training.precision", "bf16", f"{torch.cuda.get_device_name()} computes in bf16")
+        else:
+            why = (
+                "this GPU has no bf16"
+                if torch.cuda.is_available()
+                else "no GPU; set bf16 for AVX512-BF16 and large ViTs"
+            )
+            recipe.set("training.precision", "fp32", why)
+    if recipe.stream.workers is None:
+        workers = auto_workers(ranks_here)
+        recipe.set("stream.workers", workers, f"{ranks_here} rank(s) here, one core each left to training")
+    if recipe.stream.lanes is None and chunks is not None:
+        lanes = auto_lanes(recipe.batch_size, chunks)
+        recipe.set("stream.lanes", lanes, f"batches of {recipe.batch_size} from {chunks} chunks")
+
+
+def adopt(recipe: Recipe, path: Path) -> None:
+    """Keys that are null now and were settled when the run began, whose resolved recipe is at `path`, stay settled."""
+    first = load(str(path))
+    for key in SETTLED:
+        if _get(recipe, key) is None and _get(first, key) is not None:
+            recipe.set(key, _get(first, key), "as when this run began")
+
+
+def compare(recipe: Recipe, path: Path) -> None:
+    """Raises UserError naming the keys in which the recipe at `path` differs, but for those that change nothing about
+    what is learnt."""
+    old, new = _flat(load(str(path)).to_dict()), _flat(recipe.to_dict())
+    differ = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k not in FREE]
+    if differ:
+        changes = ", ".join(f"{k} was {old.get(k)} and is {new.get(k)}" for k in differ)
+        raise UserError(
+            f"{path.parent} was begun with another recipe ({changes}): give another output, or the values it began with"
+        )
+
+
+def _get(recipe: Recipe, key: str) -> Any:
+    node: Any = recipe
+    for part in key.split("."):
+        node = getattr(node, part)
+    return node
+
+
+def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in node.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
