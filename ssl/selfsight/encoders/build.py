@@ -35,9 +35,7 @@ def build(config: EncoderConfig, *, drop_path: bool = True, pos_interpolation: P
     `drop_path=False` builds it without stochastic depth, for teachers and for inference; the parameters are the same.
     Raises UserError for a name that is no timm VisionTransformer and for arguments that it does not take.
     """
-    if not timm.is_model(config.name):
-        near = difflib.get_close_matches(config.name, timm.list_models(module="vision_transformer"), n=1, cutoff=0.0)
-        raise UserError(f"timm has no model called {config.name!r}: did you mean {near[0]}?")
+    _check_name(config.name)
     _check_args(config.args)
     try:
         vit = timm.create_model(
@@ -51,8 +49,7 @@ def build(config: EncoderConfig, *, drop_path: bool = True, pos_interpolation: P
     except (TypeError, AssertionError, ValueError, RuntimeError) as e:
         raise UserError(f"timm cannot build {config.name} with encoder.args={config.args}: {_one_line(e)}") from e
     if type(vit) is not VisionTransformer or not isinstance(vit.patch_embed, PatchEmbed):
-        near = difflib.get_close_matches(config.name, timm.list_models(module="vision_transformer"), n=1, cutoff=0.0)
-        raise UserError(f"{config.name} is not a plain Vision Transformer: choose one such as {near[0]}")
+        raise UserError(f"timm's {config.name} is not a plain Vision Transformer: choose one that is")
     vit.reset_classifier(0, "token" if vit.has_class_token else "avg")
     height, width = (int(side) for side in vit.patch_embed.patch_size)
     if height != width:
@@ -68,6 +65,21 @@ def build(config: EncoderConfig, *, drop_path: bool = True, pos_interpolation: P
 def model_args(config: EncoderConfig) -> dict[str, Any]:
     """The arguments with which `timm.create_model(config.name, …)` makes the same architecture, for exports."""
     return {"img_size": config.img_size, "dynamic_img_size": True, "fc_norm": False, **config.args}
+
+
+def _check_name(name: str) -> None:
+    if not timm.is_model(name):
+        raise UserError(f"timm has no model called {name!r}: did you mean {_nearest(name)}?")
+    if name.split(".")[0] not in _vits():
+        raise UserError(f"timm's {name} is not a plain Vision Transformer: choose one that is, {_nearest(name)} say")
+
+
+def _vits() -> list[str]:
+    return timm.list_models(module="vision_transformer") + timm.list_models(module="deit")
+
+
+def _nearest(name: str) -> str:
+    return difflib.get_close_matches(name, _vits(), n=1, cutoff=0.0)[0]
 
 
 def _check_args(args: dict[str, Any]) -> None:

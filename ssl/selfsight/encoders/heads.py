@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class WeightNormLinear(nn.Module):
-    """A linear layer without bias whose rows are weight_g · weight_v / ‖weight_v‖; the names are torch.weight_norm's."""
+    """A bias-free linear layer whose rows are weight_g · weight_v / ‖weight_v‖; the names are torch.weight_norm's."""
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()

@@ -17,14 +17,16 @@ def resampling_matrix(old: tuple[int, int], new: tuple[int, int], how: str) -> T
     antialiasing (facebookresearch/dino, vision_transformer.py, interpolate_pos_encoding). "timm": by the ratio of the
     sizes, antialiased (timm.layers.resample_abs_pos_embed).
     """
-    unit = rearrange(torch.eye(old[0] * old[1], dtype=torch.float64), "n (h w) -> n 1 h w", h=old[0])
+    unit = rearrange(torch.eye(old[0] * old[1], dtype=torch.float64), "(h w) n -> 1 n h w", h=old[0])
+    # torch's antialiased kernel is wrong for contiguous inputs when the new width is 1 (seen in 2.15).
+    unit = unit.contiguous(memory_format=torch.channels_last)
     if how == "dino":
         scale = tuple((n + 0.1) / o for n, o in zip(new, old, strict=True))
         resampled = F.interpolate(unit, scale_factor=scale, mode="bicubic")
     else:
         resampled = F.interpolate(unit, size=new, mode="bicubic", antialias=True)
     assert resampled.shape[-2:] == new, "the 0.1 keeps the product from rounding down"
-    return rearrange(resampled, "n 1 h w -> (h w) n")
+    return rearrange(resampled, "1 n h w -> (h w) n")
 
 
 def sincos_table(dim: int, grid: int, prefix: int = 0) -> Tensor:

@@ -12,6 +12,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from selfsight.collective import Collective
+from selfsight.encoders import Encoder
 from selfsight.recipe import EncoderConfig
 from selfsight.viewspec import ViewSpec
 
@@ -54,6 +55,7 @@ class Objective(nn.Module, ABC):
     """Base of all objectives. A subclass puts its encoders in `self.student` and, if it has one, `self.teacher`."""
 
     Config: ClassVar[type]  # a dataclass: the objective's section of the recipe
+    student: Encoder
 
     @abstractmethod
     def __init__(self, config, encoder: EncoderConfig, collective: Collective | None = None) -> None:

@@ -66,11 +66,10 @@ class DINO(Objective):
         self.config = _checked(config)
         self.collective = collective or Collective()
         self.student = encoders.build(encoder, pos_interpolation="dino")
-        if not self.student.vit.has_class_token:
+        cls_token = self.student.vit.cls_token
+        if cls_token is None:
             raise UserError(f"dino compares class tokens and {encoder.name} has none: choose another encoder")
-        nn.init.trunc_normal_(
-            self.student.vit.cls_token, std=0.02
-        )  # the one place where timm's initialisation is another
+        nn.init.trunc_normal_(cls_token, std=0.02)  # the one place where timm's initialisation is another
         self.student_head = self._head()
 
         self.teacher = encoders.build(encoder, drop_path=False, pos_interpolation="dino")
