@@ -40,7 +40,10 @@ class _Failure:
 
 
 class _Steps(Dataset):
-    """Map-style: item `t` is the list of this rank's micro-batches of step `t`."""
+    """Map-style: item `t` is this rank's part of step `t`, every tensor with the micro-batches as its first dimension.
+
+    One tensor per view and step, however many micro-batches: each costs a file descriptor on its way between processes.
+    """
 
     def __init__(self, corpus: Corpus, order: Order, views: Views, start: int, stop: int, parts: int, workers: int):
         self.corpus, self.order, self.views = corpus, order, views
@@ -48,22 +51,24 @@ class _Steps(Dataset):
         # (pid, ordinal in hand) of each worker, so that the main process can name what a worker died of.
         self.in_hand = torch.full((max(workers, 1), 2), _NOBODY, dtype=torch.int64).share_memory_()
 
-    def __getitem__(self, t: int) -> list[dict[str, Tensor]] | _Failure:
-        ordinals, visits = self.order.step(t, self.start, self.stop)
+    def __getitem__(self, t: int) -> dict[str, Tensor] | _Failure:
+        ordinals, visits = (x.reshape(self.parts, -1) for x in self.order.step(t, self.start, self.stop))
+        shapes = self.views.shapes(ordinals.shape[1])
+        arrays = {name: np.empty((self.parts, *shape), dtype) for name, (shape, dtype) in shapes.items()}
         try:
-            return [
-                self._batch(o, v)
-                for o, v in zip(np.split(ordinals, self.parts), np.split(visits, self.parts), strict=True)
-            ]
+            for part in range(self.parts):
+                self._fill({n: a[part] for n, a in arrays.items()}, ordinals[part].tolist(), visits[part].tolist())
         except UserError as e:
             return _Failure(str(e))
+        return {name: torch.from_numpy(array) for name, array in arrays.items()} | {
+            "ordinal": torch.from_numpy(ordinals)
+        }
 
-    def _batch(self, ordinals: np.ndarray, visits: np.ndarray) -> dict[str, Tensor]:
+    def _fill(self, out: dict[str, np.ndarray], ordinals: list[int], visits: list[int]) -> None:
         worker = get_worker_info()
         in_hand = self.in_hand[worker.id if worker else 0].numpy()
         in_hand[0] = os.getpid()
-        arrays = self.views.allocate(len(ordinals))
-        for i, (ordinal, visit) in enumerate(zip(ordinals.tolist(), visits.tolist(), strict=True)):
+        for i, (ordinal, visit) in enumerate(zip(ordinals, visits, strict=True)):
             in_hand[1] = ordinal
             try:
                 image = self.views.decode(self.corpus.sample(ordinal).data)
@@ -71,10 +76,8 @@ class _Steps(Dataset):
                 raise UserError(
                     f"cannot read image {_name(self.corpus, ordinal)} ({e}): run selfsight corpus verify"
                 ) from e
-            self.views.into(image, ordinal, visit, arrays, i)
+            self.views.into(image, ordinal, visit, out, i)
         in_hand[1] = _NOBODY
-        batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return batch | {"ordinal": torch.from_numpy(ordinals)}
 
 
 class StepLoader:
@@ -134,10 +137,10 @@ class StepLoader:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, on_child)
         try:
-            for batches in steps:
-                if isinstance(batches, _Failure):
-                    raise UserError(batches.sentence)
-                yield batches
+            for step in steps:
+                if isinstance(step, _Failure):
+                    raise UserError(step.sentence)
+                yield [{name: tensor[part] for name, tensor in step.items()} for part in range(self._steps.parts)]
         except RuntimeError as e:
             if "DataLoader worker" not in str(e):
                 raise

@@ -123,13 +123,13 @@ class Views:
                     raise ValueError(f"view {crop.name}: {key} needs one probability for each of {crop.count} crops")
         self._streams = {name: _stream_key(seed, name) for name in names}
 
-    def allocate(self, batch: int) -> dict[str, np.ndarray]:
-        """Empty arrays for `batch` images: crops uint8 (count, batch, 3, size, size), noise float32 (batch, length)."""
-        shapes = {c.name: np.empty((c.count, batch, 3, c.size, c.size), dtype=np.uint8) for c in self.spec.crops}
-        return shapes | {n.name: np.empty((batch, n.length), dtype=np.float32) for n in self.spec.noise}
+    def shapes(self, batch: int) -> dict[str, tuple[tuple[int, ...], type]]:
+        """What `batch` images become: crops uint8 (count, batch, 3, size, size), noise float32 (batch, length)."""
+        crops = {c.name: ((c.count, batch, 3, c.size, c.size), np.uint8) for c in self.spec.crops}
+        return crops | {n.name: ((batch, n.length), np.float32) for n in self.spec.noise}
 
     def into(self, image: Image.Image, ordinal: int, visit: int, out: dict[str, np.ndarray], i: int) -> None:
-        """Writes the views of an RGB image to place `i` of the arrays of `allocate`."""
+        """Writes the views of an RGB image to place `i` of arrays of these `shapes`."""
         for spec in self.spec.crops:
             # One row per crop: a further crop of this entry leaves the rows before it as they are.
             rows = self._generator(spec.name, ordinal, visit).random((spec.count, _DRAWS)).tolist()
@@ -140,7 +140,7 @@ class Views:
 
     def __call__(self, image: Image.Image, ordinal: int, visit: int) -> dict[str, np.ndarray]:
         """The views of one image: crops uint8 (count, 3, size, size), noise float32 (length,)."""
-        out = self.allocate(1)
+        out = {name: np.empty(shape, dtype) for name, (shape, dtype) in self.shapes(1).items()}
         self.into(image, ordinal, visit, out, 0)
         return {c.name: out[c.name][:, 0] for c in self.spec.crops} | {n.name: out[n.name][0] for n in self.spec.noise}
 
