@@ -103,7 +103,7 @@ def join() -> Cluster:
     if not dist.is_initialized():
         backend = "nccl" if cuda else "gloo"
         if world_size == 1:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
         else:
             os.environ.update(found)
             dist.init_process_group(backend)

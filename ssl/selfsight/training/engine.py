@@ -62,10 +62,9 @@ class Engine:
             weight_decay=config.weight_decay,
             fused=cluster.device.type == "cuda",
         )
-        self.engine, *_ = deepspeed.initialize(
+        self.engine: Any = deepspeed.initialize(
             model=objective, optimizer=self.optimizer, config=deepspeed_config(recipe, cluster.world_size)
-        )
-        self.optimizer = self.engine.basic_optimizer
+        )[0]
         self.teacher = Teacher(objective.teacher_pairs())
 
     def step(

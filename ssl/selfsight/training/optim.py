@@ -79,7 +79,7 @@ def averaged_gradients(engine) -> list[list[Tensor]]:
 def squared_norms(groups: list[list[Tensor]], device: torch.device) -> Tensor:
     """Squared l2 norm per group of gradients: float32 (groups,), of what this rank holds."""
     flat = [g for group in groups for g in group]
-    norms = iter(torch._foreach_norm(flat, 2.0, dtype=torch.float32) if flat else ())
+    norms = iter(torch._foreach_norm(flat, 2.0) if flat else ())  # pyright: ignore[reportPrivateImportUsage]
     zero = torch.zeros((), device=device)
     sums = [sum((n.square() for n in _take(norms, len(group))), zero) for group in groups]
     return torch.stack(sums) if sums else torch.zeros(0, device=device)
@@ -95,7 +95,7 @@ def clip(groups: list[list[Tensor]], norms: list[float], limit: float, *, per_gr
             gradients += group
             factors += [factor] * len(group)
     if gradients:
-        torch._foreach_mul_(gradients, factors)
+        torch._foreach_mul_(gradients, factors)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _take(norms: Iterator[Tensor], n: int) -> list[Tensor]:

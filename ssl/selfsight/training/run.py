@@ -228,10 +228,10 @@ class _Run:
 
     def _values(self, result: Step, done: int, meter: "_Meter") -> dict[str, float]:
         """The numbers of a logged step. All ranks call it."""
-        metrics = result.metrics
-        if metrics:
-            mean = self.cluster.sum(torch.stack(list(metrics.values()))) / self.cluster.world_size
-            metrics = dict(zip(metrics, mean.tolist(), strict=True))
+        metrics: dict[str, float] = {}
+        if result.metrics:
+            mean = self.cluster.sum(torch.stack(list(result.metrics.values()))) / self.cluster.world_size
+            metrics = dict(zip(result.metrics, mean.tolist(), strict=True))
         features = self.cluster.gather_rows(result.features.float())
         finite = bool(features.isfinite().all())
         rate, waited = meter.read()

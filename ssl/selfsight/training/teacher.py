@@ -4,15 +4,15 @@ A bf16 average would stall: with m = 0.996 the increments fall below half a unit
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Teacher:
     """Follows the (student, teacher) module pairs of an objective; with no pairs it does nothing."""
 
     def __init__(self, pairs: list[tuple[nn.Module, nn.Module]]) -> None:
-        self.student: list[nn.Parameter] = []
-        self.teacher: list[nn.Parameter] = []
+        self.student: list[Tensor] = []
+        self.teacher: list[Tensor] = []
         for student, teacher in pairs:
             theirs = dict(teacher.named_parameters())
             mine = dict(student.named_parameters())
@@ -27,4 +27,5 @@ class Teacher:
     def follow(self, momentum: float) -> None:
         """One step of the average, for after the optimiser has really moved."""
         if self.teacher:
-            torch._foreach_lerp_(self.teacher, [p.detach() for p in self.student], 1.0 - momentum)
+            weight = 1.0 - momentum
+            torch._foreach_lerp_(self.teacher, self.student, weight)  # pyright: ignore[reportPrivateImportUsage]
