@@ -1,0 +1,323 @@
+"""Images in, a corpus out, in two passes: scan every file in parallel (read, hash, decode), then write shards in parallel.
+
+The order of the corpus is that of a seeded hash over content and name, so it is shuffled, and neither the number of
+workers nor the order of the inputs changes a byte. What was done is kept under `.build/` until the manifest is published,
+so a build that was killed goes on where it was.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from selfsight.console import progress, say
+from selfsight.corpus.classes import LabelKey, resolve, shown
+from selfsight.corpus.ledger import Ledger
+from selfsight.corpus.pool import available_cores, each
+from selfsight.corpus.scan import Files, Image, Scanner
+from selfsight.corpus.sources import Source, find_sources
+from selfsight.errors import UserError
+from selfsight.shards.corpus import CHUNK_DTYPE, CHUNKS_NAME, REJECTED_NAME, key_of
+from selfsight.shards.decode import EXTENSIONS
+from selfsight.shards.files import publish, sweep
+from selfsight.shards.index import write_index
+from selfsight.shards.manifest import NAME as MANIFEST_NAME
+from selfsight.shards.manifest import SCHEMA, Manifest, Shard, merkle_root
+from selfsight.shards.tar import END
+from selfsight.shards.write import ShardWriter, stored_size
+
+BUILD_FOLDER = ".build"
+MIN_CHUNKS = 64  # so that the lanes of a run have something to mix, however small the corpus
+LISTED = 20  # rejected files named in the report; all of them are in rejected.jsonl
+INLINE_FILES = 256  # below this many, starting processes takes longer than the work
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    path: str
+    id: str
+    n: int
+    image_bytes: int
+    shards: int
+    classes: int | None  # None: unlabelled
+    counts: dict[str, int]  # seen = kept + rejected + skipped + outside; duplicates are among the kept
+    rejected_reasons: dict[str, int]
+    listed: list[dict[str, str]]  # the first of those in rejected.jsonl
+    notes: list[str]
+    seconds: float
+    was_complete: bool  # nothing had to be done
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def build(
+    sources: list[str | Path],
+    out: str | Path,
+    *,
+    workers: int | None = None,
+    shard_bytes: int = 256 << 20,
+    chunk_samples: int = 256,
+    seed: int = 0,
+    hash_range: tuple[float, float] = (0.0, 1.0),
+) -> BuildReport:
+    """Builds the corpus `out` from folders, archives, Parquet files or corpora; a finished identical build is a no-op.
+
+    `hash_range=(a, b)` keeps the images whose content hash, as a number in [0, 1), falls into [a, b): disjoint ranges are
+    splits that exact duplicates cannot cross, with one list of classes. Raises UserError for what the user can mend and
+    OSError when the disk is full or not writable; what was there before stays.
+    """
+    started = time.monotonic()
+    if not 0 <= hash_range[0] < hash_range[1] <= 1:
+        raise UserError(f"hash range {hash_range[0]}:{hash_range[1]} is empty: give A:B with 0 <= A < B <= 1")
+    if shard_bytes < 1 or not 1 <= chunk_samples < 2**16 or (workers is not None and workers < 1):
+        raise UserError("shard size, chunk samples (below 65536) and workers must be at least 1")
+    if not sources:
+        raise UserError("no sources: name a folder, an archive or a Parquet file of images")
+    out = Path(out).resolve()
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: choose another --out")
+    found = find_sources(sources, out)
+    recipe = {
+        "schema": SCHEMA,
+        "seed": seed,
+        "hash_range": [float(hash_range[0]), float(hash_range[1])],
+        "shard_bytes": shard_bytes,
+        "chunk_samples": chunk_samples,
+        "sources": [s.describe() for s in found],
+    }
+    if not any(s["files"] for s in recipe["sources"]):
+        raise UserError(f"no images in {', '.join(map(str, sources))}: it holds no files")
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+    if _finished(out, digest):
+        return _report(out, started, was_complete=True)
+
+    existed = out.exists()
+    work = out / BUILD_FOLDER
+    work.mkdir(parents=True, exist_ok=True)
+    ledger = Ledger(work, digest)
+    try:
+        _scan(found, ledger, work, Scanner(seed, hash_range), workers or available_cores())
+        _write(found, ledger, out, recipe, digest, workers or available_cores())
+    except UserError:
+        ledger.close()
+        # The inputs are at fault and will change: nothing of this attempt is worth keeping.
+        _discard(out, existed)
+        raise
+    finally:
+        ledger.close()
+    shutil.rmtree(work)
+    return _report(out, started, was_complete=False)
+
+
+def _finished(out: Path, recipe_digest: str) -> bool:
+    """Whether `out` is this very build, complete. Raises UserError when it is something else that must not be lost."""
+    if (out / MANIFEST_NAME).exists():
+        manifest = Manifest.load(out)
+        if manifest.recipe_digest != recipe_digest:
+            raise UserError(
+                f"{out} already holds another corpus (id {manifest.id[:12]}…): choose another --out, or remove it"
+            )
+        shutil.rmtree(out / BUILD_FOLDER, ignore_errors=True)
+        return True
+    if out.exists() and not (out / BUILD_FOLDER).exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty and no corpus: choose another --out")
+    return False
+
+
+def _discard(out: Path, existed: bool) -> None:
+    for name in (BUILD_FOLDER, "shards", "index"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in (CHUNKS_NAME, REJECTED_NAME):
+        (out / name).unlink(missing_ok=True)
+    if not existed:
+        out.rmdir()
+
+
+def _scan(sources: list[Source], ledger: Ledger, work: Path, scanner: Scanner, workers: int) -> None:
+    spool = work / "spool"
+    spool.mkdir(exist_ok=True)
+    sweep(spool)
+    for number, source in enumerate(sources):
+        source.spool(spool, number)
+    done = ledger.units()
+    total = sum(source.count() for source in sources)
+    before = ledger.counts()
+    units = (
+        unit
+        for number, source in enumerate(sources)
+        for unit in source.units(number, spool)
+        if (unit.source, unit.number) not in done
+    )
+    rejected = before["rejected"]
+    with progress("scan", total, before["seen"]) as bar:
+        for scan in each(scanner, units, workers if total > INLINE_FILES else 1):
+            ledger.add(scan)
+            rejected += len(scan.rejected)
+            bar.advance(scan.seen, rejected=rejected)
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    out: str
+    number: int
+    first: int
+    chunk_samples: int
+    images: list[Image]
+    labels: list[int | None]
+    sources: list[str]
+
+
+def _write(sources: list[Source], ledger: Ledger, out: Path, recipe: dict[str, Any], digest: str, workers: int) -> None:
+    counts = ledger.counts()
+    n = counts["kept"]
+    if not n:
+        raise _nothing(sources, ledger, counts)
+    classes, labels, how = resolve(ledger.labels(), sources)
+    for name in ("shards", "index"):
+        (out / name).mkdir(exist_ok=True)
+        sweep(out / name)
+    sweep(out)
+    chunk_samples = max(1, min(recipe["chunk_samples"], n // MIN_CHUNKS))
+    done = ledger.shards()
+    records = {number: Shard(**json.loads(record)) for number, (record, _) in done.items()}
+    chunks = {number: np.frombuffer(rows, CHUNK_DTYPE) for number, (_, rows) in done.items()}
+    tasks = (
+        task
+        for task in _tasks(ledger.images(), labels, sources, out, recipe["shard_bytes"], chunk_samples)
+        if task.number not in records
+    )
+    with progress("write", n, sum(s.count for s in records.values())) as bar:
+        for shard, rows in each(write_shard, tasks, workers if n > INLINE_FILES else 1):
+            ledger.add_shard(shard.number, json.dumps(asdict(shard)), rows.tobytes())
+            records[shard.number], chunks[shard.number] = shard, rows
+            bar.advance(shard.count)
+
+    table = np.concatenate([chunks[i] for i in range(len(records))])
+    with publish(out / CHUNKS_NAME) as f:
+        np.save(f, table, allow_pickle=False)
+    with publish(out / REJECTED_NAME) as f:
+        for source, name, kind, reason in ledger.refused():
+            line = {"source": f"{sources[source].name}/{shown(name)}", "kind": kind, "reason": reason}
+            f.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+    shards = [records[i] for i in range(len(records))]
+    Manifest(
+        id=merkle_root(shards),
+        n=n,
+        image_bytes=ledger.image_bytes(),
+        shards=shards,
+        chunks=len(table),
+        chunks_sha256=hashlib.sha256((out / CHUNKS_NAME).read_bytes()).hexdigest(),
+        rejected_sha256=hashlib.sha256((out / REJECTED_NAME).read_bytes()).hexdigest(),
+        classes=classes,
+        counts=counts,
+        rejected_reasons=ledger.reasons(),
+        recipe=recipe,
+        recipe_digest=digest,
+        notes=[how],
+    ).save(out)
+
+
+def _tasks(
+    images: Iterator[Image],
+    labels: dict[LabelKey, int],
+    sources: list[Source],
+    out: Path,
+    shard_bytes: int,
+    chunk_samples: int,
+) -> Iterator[ShardTask]:
+    """Cuts the ordered images into shards of at most `shard_bytes`, but never less than one image."""
+    names = [s.name for s in sources]
+    number = first = 0
+    batch: list[Image] = []
+    size = len(END)
+
+    def task() -> ShardTask:
+        marks = [labels.get((i.source, i.folder, i.tag)) for i in batch]
+        return ShardTask(str(out), number, first, chunk_samples, batch, marks, names)
+
+    for image in images:
+        grown = stored_size(image.size, bool(labels))
+        if batch and size + grown > shard_bytes:
+            yield task()
+            number, first, batch, size = number + 1, first + len(batch), [], len(END)
+        batch.append(image)
+        size += grown
+    if batch:
+        yield task()
+
+
+def write_shard(task: ShardTask) -> tuple[Shard, np.ndarray]:
+    """Pass 2, for one shard: copies its images, publishes tar and index. Raises UserError if a source has changed."""
+    path, rows = Path(task.out) / "shards" / f"{task.number:06d}.tar", []
+    with Files() as files, publish(path) as f:
+        writer = ShardWriter(f, number=task.number, first=task.first, chunk_samples=task.chunk_samples)
+        for ordinal, (image, label) in enumerate(zip(task.images, task.labels, strict=True), task.first):
+            source = f"{task.sources[image.source]}/{shown(image.name)}"
+            data = files.read(image.path, image.offset, image.size + image.whole, -1 if image.whole else image.size)
+            if hashlib.sha256(data).digest() != image.sha256:
+                raise UserError(f"{source} changed while the corpus was built: run again when the source stands still")
+            member_offset, data_offset = writer.add(data, EXTENSIONS[image.format], label)
+            copied = {k: getattr(image, k) for k in COPIED}
+            rows.append(
+                {
+                    "sample": ordinal,
+                    "key": key_of(ordinal),
+                    "source": source,
+                    "member_offset": member_offset,
+                    "data_offset": data_offset,
+                    "progressive": bool(image.progressive),
+                    "label": label,
+                    **copied,
+                }
+            )
+        size, sha256, chunks = writer.finish()
+    index = path.parents[1] / "index" / f"{task.number:06d}.parquet"
+    write_index(index, rows)
+    index_sha256 = hashlib.sha256(index.read_bytes()).hexdigest()
+    return Shard(task.number, task.first, len(rows), size, sha256, index_sha256), chunks
+
+
+COPIED = ("size", "crc32c", "sha256", "width", "height", "format", "mode", "frames", "exif_orientation")
+
+
+def _nothing(sources: list[Source], ledger: Ledger, counts: dict[str, int]) -> UserError:
+    names = ", ".join(str(s.path / os.fsdecode(s.only or b"")) for s in sources[:3])
+    if counts["rejected"]:
+        source, name, _, reason = next(ledger.refused())
+        return UserError(
+            f"none of the {counts['rejected']} images in {names} can be decoded (first: {sources[source].name}/{shown(name)}:"
+            f" {reason}): check the files"
+        )
+    if counts["outside"]:
+        return UserError(f"no image of {names} falls into the hash range: widen it")
+    return UserError(f"no images in {names} ({counts['skipped']} other files): name a folder or archive of images")
+
+
+def _report(out: Path, started: float, was_complete: bool) -> BuildReport:
+    m = Manifest.load(out)
+    if was_complete:
+        say(f"{out} is complete already, built from the same files with the same options")
+    with open(out / REJECTED_NAME, encoding="utf-8") as f:
+        listed = [json.loads(line) for line, _ in zip(f, range(LISTED), strict=False)]
+    return BuildReport(
+        path=str(out),
+        id=m.id,
+        n=m.n,
+        image_bytes=m.image_bytes,
+        shards=len(m.shards),
+        classes=None if m.classes is None else len(m.classes),
+        counts=m.counts,
+        rejected_reasons=m.rejected_reasons,
+        listed=listed,
+        notes=m.notes,
+        seconds=time.monotonic() - started,
+        was_complete=was_complete,
+    )

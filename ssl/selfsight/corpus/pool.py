@@ -1,0 +1,52 @@
+"""Tasks over worker processes, with a bounded number in flight, so that a billion of them need no more memory than ten."""
+
+import itertools
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait as wait_for
+from typing import TypeVar
+
+from selfsight.errors import UserError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def each(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
+    """`function` of every task, as they get done. One worker is this process itself.
+
+    Raises UserError when a worker is killed, as a kernel short of memory does.
+    """
+    if workers <= 1:
+        yield from map(function, tasks)
+        return
+    # Spawned, not forked: the caller may hold the threads and locks of torch.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_leave_with_parent)
+    try:
+        tasks = iter(tasks)
+        running = {pool.submit(function, task) for task in itertools.islice(tasks, 3 * workers)}
+        while running:
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            running |= {pool.submit(function, task) for task in itertools.islice(tasks, len(done))}
+            for future in done:
+                yield future.result()
+    except BrokenProcessPool:
+        raise UserError("a worker process was killed (out of memory?): run again, with fewer --workers") from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _leave_with_parent() -> None:
+    """A worker whose parent was killed would wait for tasks for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (wait_for([parent.sentinel]), os._exit(1)), daemon=True).start()

@@ -1,0 +1,387 @@
+"""What images come in: folders, tars (also compressed, also WebDataset shards), zips, Parquet tables, finished corpora.
+
+A source lists its files in one fixed order and hands them out as units of work. Archives are read by offset and never
+unpacked by name, so no member can write anywhere; what cannot be read by offset (a compressed tar, a deflated zip member,
+a Parquet cell) goes through a spool file.
+"""
+
+import bz2
+import gzip
+import hashlib
+import json
+import lzma
+import os
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from selfsight.errors import UserError
+from selfsight.shards import tar
+from selfsight.shards.files import publish
+
+UNIT_FILES = 128
+UNIT_BYTES = 64 << 20
+MAX_LABEL_BYTES = 4096
+COMPRESSED = {".gz": gzip, ".tgz": gzip, ".bz2": bz2, ".tbz2": bz2, ".xz": lzma, ".txz": lzma}
+ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip", ".parquet")
+IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "content", "image_bytes", "data")
+LABEL_COLUMNS = ("label", "labels", "cls", "class", "class_id", "target", "fine_label")
+
+
+class Candidate(NamedTuple):
+    """One file of a source. `size` -1 means the whole of `path`; `problem` says why it cannot even be tried."""
+
+    name: bytes  # inside the source
+    path: str  # the file that holds its bytes
+    offset: int = 0
+    size: int = -1
+    tag: str | None = None  # label text that came with it
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of pass 1. `ranges`: candidates read by offset; `zip`: deflated members; `parquet`: one row group."""
+
+    source: int
+    number: int
+    kind: str
+    path: str
+    items: list[Any]
+    spool: str  # where bytes go that cannot be read by offset
+
+
+@dataclass
+class Source:
+    """One input. `name` is what the index calls it; `class_names` give names to integer labels."""
+
+    name: str
+    path: Path
+    kind: str
+    class_names: list[str] | None = None
+    only: bytes | None = None  # a folder of which one file was meant
+    exclude: Path | None = None  # the corpus being built may lie inside
+    spooled: Path | None = field(default=None, compare=False)
+
+    def describe(self) -> dict[str, Any]:
+        """Names and sizes as a digest: two sources that list the same are the same build."""
+        digest, files, total = hashlib.sha256(), 0, 0
+        for name, size in self._listing():
+            digest.update(b"%d %d " % (len(name), size) + name)
+            files, total = files + 1, total + size
+        return {"name": self.name, "kind": self.kind, "files": files, "bytes": total, "listing": digest.hexdigest()}
+
+    def spool(self, folder: Path, number: int) -> None:
+        """Unpacks a compressed tar, once, into a plain one that can be read by offset."""
+        if self.kind != "compressed tar":
+            return
+        self.spooled = folder / f"{number:06d}.tar"
+        if self.spooled.exists():
+            return
+        opener = next(m for suffix, m in COMPRESSED.items() if self.path.name.lower().endswith(suffix))
+        try:
+            with opener.open(self.path, "rb") as packed, publish(self.spooled) as f:
+                while block := packed.read(1 << 20):
+                    f.write(block)
+        except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as e:
+            raise self._damaged(str(e)) from None
+
+    def count(self) -> int:
+        """How many files (table rows) there are to look at."""
+        return (
+            sum(self._rows_of(g) for g in range(self._groups()))
+            if self.kind == "parquet"
+            else sum(1 for _ in self.files())
+        )
+
+    def units(self, number: int, spool: Path) -> Iterator[Unit]:
+        """The work of this source, always cut the same way."""
+
+        def unit(kind: str, items: list[Any]) -> Unit:
+            nonlocal made
+            made += 1
+            path = spool / f"{number:06d}-{made:08d}.bin"
+            return Unit(number, made, kind, str(self.path), items, str(path))
+
+        made = 0
+        if self.kind == "parquet":
+            for group in range(self._groups()):
+                yield unit("parquet", [group])
+            return
+        kind, batch, size = "ranges", [], 0
+        for candidate in self.files():
+            wanted = "zip" if candidate.offset < 0 else "ranges"
+            if batch and (wanted != kind or len(batch) == UNIT_FILES or size > UNIT_BYTES):
+                yield unit(kind, batch)
+                batch, size = [], 0
+            kind = wanted
+            batch.append(candidate)
+            size += max(candidate.size, 0)
+        if batch:
+            yield unit(kind, batch)
+
+    def files(self) -> Iterator[Candidate]:
+        if self.kind == "folder":
+            return (Candidate(name, os.path.join(self.path, os.fsdecode(name))) for name, _ in self._walk())
+        if self.kind == "zip":
+            return self._zip_members()
+        return self._tar_members()
+
+    def _listing(self) -> Iterable[tuple[bytes, int]]:
+        if self.kind == "folder":
+            return self._walk()
+        if self.kind in ("tar", "zip"):
+            return ((c.name, c.size) for c in self.files())
+        return [(os.fsencode(self.path.name), self.path.stat().st_size)]
+
+    def _walk(self) -> Iterator[tuple[bytes, int]]:
+        """(name, size) of the files below a folder, links followed, archives left to be sources of their own."""
+        if self.only is not None:
+            yield self.only, os.stat(os.path.join(os.fsencode(self.path), self.only)).st_size
+            return
+        for path, relative in walk(self.path, self.exclude):
+            if opened_kind(path) is None:
+                try:
+                    size = os.stat(path).st_size
+                except OSError:  # a dangling link; reading it will say so
+                    size = 0
+                yield os.fsencode(relative), size
+
+    def _tar_members(self) -> Iterator[Candidate]:
+        path = self.spooled or self.path
+        with open(path, "rb") as f:
+
+            def read(offset: int, size: int) -> bytes:
+                f.seek(offset)
+                return f.read(size)
+
+            def found() -> Iterator[Candidate]:
+                for m in tar.members(read, os.fstat(f.fileno()).st_size):
+                    name = normal(m.name)
+                    if m.type in tar.REGULAR:
+                        yield Candidate(name, str(path), m.data_offset, m.size)
+                    elif m.type in (b"1", b"2"):
+                        yield Candidate(name, str(path), 0, 0, problem="a link inside a tar")
+                    elif m.type != b"5":
+                        yield Candidate(name, str(path), 0, 0, problem="not a regular file")
+
+            try:
+                yield from tagged(found(), lambda c: read(c.offset, min(c.size, MAX_LABEL_BYTES)))
+            except tar.DamagedTar as e:
+                raise self._damaged(str(e)) from None
+
+    def _zip_members(self) -> Iterator[Candidate]:
+        try:
+            archive = zipfile.ZipFile(self.path)
+        except (zipfile.BadZipFile, ValueError) as e:
+            raise self._damaged(str(e)) from None
+        with archive, open(self.path, "rb") as f:
+
+            def found() -> Iterator[Candidate]:
+                for number, info in enumerate(archive.infolist()):
+                    name = normal(info.filename.encode("utf-8", "surrogateescape"))
+                    if info.is_dir():
+                        continue
+                    if info.flag_bits & 1:
+                        yield Candidate(name, str(self.path), 0, 0, problem="encrypted")
+                    elif info.compress_type != zipfile.ZIP_STORED:
+                        yield Candidate(name, str(self.path), -1 - number, info.file_size)
+                    else:
+                        f.seek(info.header_offset)
+                        local = f.read(30)
+                        if local[:4] != b"PK\3\4":
+                            raise self._damaged(f"no member at byte {info.header_offset}")
+                        names = int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
+                        yield Candidate(name, str(self.path), info.header_offset + 30 + names, info.file_size)
+
+            def text(c: Candidate) -> bytes:
+                if c.offset < 0:
+                    with archive.open(archive.infolist()[-1 - c.offset]) as member:
+                        return member.read(MAX_LABEL_BYTES)
+                f.seek(c.offset)
+                return f.read(min(c.size, MAX_LABEL_BYTES))
+
+            yield from tagged(found(), text)
+
+    def _groups(self) -> int:
+        return self._parquet().metadata.num_row_groups
+
+    def _rows_of(self, group: int) -> int:
+        return self._parquet().metadata.row_group(group).num_rows
+
+    def _parquet(self):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            return pq.ParquetFile(self.path)
+        except pa.ArrowInvalid as e:
+            raise self._damaged(str(e)) from None
+
+    def _damaged(self, what: str) -> UserError:
+        return UserError(f"{self.path} is damaged ({what}): fetch it again, or leave it out")
+
+
+def walk(root: Path, exclude: Path | None = None) -> Iterator[tuple[str, str]]:
+    """(path, relative path) of every file below `root` in one fixed order; links are followed, loops are not."""
+    seen: set[tuple[int, int]] = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen or (exclude and os.path.realpath(folder) == str(exclude)):
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders.sort()
+        for name in sorted(files):
+            path = os.path.join(folder, name)
+            yield path, os.path.relpath(path, root)
+
+
+def opened_kind(path: str) -> str | None:
+    """What kind of source a file inside a folder is opened as, None for the plain files of the folder."""
+    if not path.lower().endswith(ARCHIVES):
+        return None
+    try:
+        kind = _kind_of_file(Path(path))
+    except OSError:
+        return None
+    return None if kind == "parquet" and image_column(Path(path)) is None else kind
+
+
+def normal(name: bytes) -> bytes:
+    """A member's name without what does not distinguish it: leading ./ and doubled slashes."""
+    return b"/".join(part for part in name.split(b"/") if part not in (b"", b"."))
+
+
+def tagged(found: Iterable[Candidate], text: Callable[[Candidate], bytes]) -> Iterator[Candidate]:
+    """WebDataset samples: neighbours with one key share the label in KEY.cls. Every image stays a sample of its own."""
+    group: list[Candidate] = []
+    key, extensions = b"", set()
+
+    def close() -> Iterator[Candidate]:
+        labels = [c for c in group if c.problem is None and c.name.endswith(b".cls")]
+        tag = text(labels[0]).decode("utf-8", "replace").strip() if labels else None
+        others = [c for c in group if c not in labels]
+        yield from (c._replace(tag=tag) for c in others)
+        if not others:
+            yield from labels
+
+    for candidate in found:
+        folder, slash, base = candidate.name.rpartition(b"/")
+        stem, _, extension = base.partition(b".")
+        # A second file of the same name begins a second sample under the same key.
+        if folder + slash + stem != key or extension in extensions:
+            yield from close()
+            group, key, extensions = [], folder + slash + stem, set()
+        group.append(candidate)
+        extensions.add(extension)
+    yield from close()
+
+
+def find_sources(inputs: Iterable[str | Path], out: Path) -> list[Source]:
+    """The sources behind what was named, in an order that does not depend on how it was named.
+
+    Archives inside a folder are sources too. Raises UserError for what does not exist or is of no known kind.
+    """
+    found: dict[Path, Source] = {}
+    for given in inputs:
+        path = Path(given)
+        if not path.exists():
+            raise UserError(f"{given} does not exist: name a folder, an archive or a Parquet file of images")
+        path = path.resolve()
+        if path == out:
+            raise UserError(f"{given} is the corpus to be written: choose another --out")
+        for source in _expand(path, out):
+            found.setdefault(source.path / os.fsdecode(source.only or b""), source)
+    sources = sorted(found.values(), key=lambda s: (s.name, str(s.path)))
+    for source in sources:  # two of one name keep as much of their paths as tells them apart
+        twins = [s for s in sources if s is not source and s.name == source.name]
+        if twins:
+            source.name = str(source.path).lstrip("/")
+    return sorted(sources, key=lambda s: (s.name, str(s.path)))
+
+
+def _expand(path: Path, out: Path) -> Iterator[Source]:
+    if not path.is_dir():
+        kind = _kind_of_file(path)
+        if kind == "parquet" and image_column(path) is None:
+            raise UserError(f"{path} has no column of image bytes: name another file")
+        if kind:
+            yield _archive(path.name, path, kind)
+        else:
+            yield Source(path.name, path.parent, "folder", only=os.fsencode(path.name))
+        return
+    names = _corpus_classes(path)
+    if (path / "shards").is_dir() and names is not False:
+        for shard in sorted((path / "shards").glob("*.tar")):
+            yield Source(f"{path.name}/shards/{shard.name}", shard, "tar", class_names=names or None)
+        return
+    yield Source(path.name, path, "folder", exclude=out)
+    for archive, relative in walk(path, out):
+        if kind := opened_kind(archive):
+            yield _archive(f"{path.name}/{relative}", Path(archive), kind)
+
+
+def _archive(name: str, path: Path, kind: str) -> Source:
+    column = image_column(path) if kind == "parquet" else None
+    return Source(name, path, kind, class_names=column[3] if column else None)
+
+
+def _corpus_classes(path: Path) -> Any:
+    """The class names of a finished corpus, None without labels, False where `path` is no corpus."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_bytes())
+        return manifest["classes"] if manifest["kind"] == "selfsight-corpus" else False
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _kind_of_file(path: Path) -> str | None:
+    """By content, since names lie; None for what is no container."""
+    with open(path, "rb") as f:
+        head = f.read(512)
+    if head[:4] == b"PAR1":
+        return "parquet"
+    if head[:4] in (b"PK\3\4", b"PK\5\6"):
+        return "zip"
+    if head[257:262] == b"ustar":
+        return "tar"
+    name = path.name.lower()
+    if head[:2] == b"\x1f\x8b" or head[:3] == b"BZh" or head[:6] == b"\xfd7zXZ\0":
+        return "compressed tar" if name.endswith(tuple(COMPRESSED)) else None
+    return "tar" if name.endswith(".tar") else None
+
+
+def image_column(path: Path) -> tuple[str, bool, str | None, list[str] | None] | None:
+    """(image column, whether it is struct{bytes, path}, label column, class names) of a Parquet file, None without images."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pq.read_schema(path)
+    found: list[tuple[str, bool]] = []
+    for f in schema:
+        if pa.types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0:
+            found.append((f.name, True))
+        elif pa.types.is_binary(f.type) or pa.types.is_large_binary(f.type):
+            found.append((f.name, False))
+    if not found:
+        return None
+    rank = {name: i for i, name in enumerate(IMAGE_COLUMNS)}
+    column, struct = min(found, key=lambda c: (not c[1], rank.get(c[0].lower(), len(rank))))
+    label = next((n for n in LABEL_COLUMNS if n in schema.names and _is_label(schema.field(n).type)), None)
+    names = None
+    try:  # datasets written by Hugging Face carry their class names along
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        names = features[label]["names"] if label else None
+    except (KeyError, TypeError, ValueError):
+        pass
+    return column, struct, label, names
+
+
+def _is_label(kind) -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)

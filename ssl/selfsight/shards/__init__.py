@@ -1,0 +1,8 @@
+"""The on-disk corpus: plain USTAR shards, their index, the chunk table and the manifest. Bytes, offsets and checksums; no torch."""
+
+from selfsight.shards.corpus import Corpus, Sample
+from selfsight.shards.decode import DecodeError, decode_image
+from selfsight.shards.manifest import Manifest
+from selfsight.shards.tar import DamagedTar
+
+__all__ = ["Corpus", "DamagedTar", "DecodeError", "Manifest", "Sample", "decode_image"]

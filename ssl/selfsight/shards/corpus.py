@@ -1,0 +1,191 @@
+"""A finished corpus, read: any sample by its global ordinal, straight from memory-mapped shards.
+
+The chunk table says where a run of samples lies; its tar headers are walked with their checksums and kept for the next
+sample of the run. Nothing is opened before it is needed, and each process opens its own, so a Corpus can be pickled,
+forked and shared between threads.
+"""
+
+import mmap
+import os
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from selfsight.errors import UserError
+from selfsight.shards import tar
+from selfsight.shards.manifest import Manifest
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+CHUNK_DTYPE = np.dtype([("shard", "<u4"), ("byte_start", "<u8"), ("byte_len", "<u8"), ("first", "<u8"), ("n", "<u2")])
+CHUNKS_NAME = "chunks.npy"
+REJECTED_NAME = "rejected.jsonl"
+KEY_DIGITS = 12
+LABEL_EXTENSION = "cls"
+MAPPED_SHARDS = 64  # address space and file handles, not memory
+PARSED_CHUNKS = 512  # about 256 × 100 bytes each
+
+
+def key_of(ordinal: int) -> str:
+    return f"{ordinal:0{KEY_DIGITS}d}"
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    ordinal: int
+    key: str
+    data: bytes  # the image file, as it came
+    extension: str  # of the file's true format, without the dot
+    label: int | None
+
+
+class Corpus:
+    """`Corpus.open(folder)`; `n` samples, named by their global ordinal 0 … n-1."""
+
+    path: Path
+    manifest: Manifest
+    chunks: np.ndarray  # CHUNK_DTYPE, one row per chunk, memory-mapped
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Corpus":
+        """Raises UserError where there is no finished corpus."""
+        corpus = cls()
+        corpus.path = Path(folder)
+        corpus.manifest = Manifest.load(corpus.path)
+        corpus._open_chunks()
+        missing = [s.tar for s in corpus.manifest.shards if not (corpus.path / s.tar).is_file()]
+        if missing:
+            raise UserError(f"{folder} lacks {missing[0]} ({len(missing)} shards in all): restore it, or build again")
+        return corpus
+
+    @property
+    def id(self) -> str:
+        return self.manifest.id
+
+    @property
+    def n(self) -> int:
+        return self.manifest.n
+
+    @property
+    def classes(self) -> list[str] | None:
+        return self.manifest.classes
+
+    def __len__(self) -> int:
+        return self.n
+
+    def sample(self, ordinal: int) -> Sample:
+        """Random access: O(log chunks) once the chunk's headers are known.
+
+        Raises IndexError outside 0 … n-1 and DamagedTar where the shard is not what the chunk table says.
+        """
+        if not 0 <= ordinal < self.n:
+            raise IndexError(f"sample {ordinal} of a corpus of {self.n}")
+        chunk = int(np.searchsorted(self.chunks["first"], ordinal, side="right")) - 1
+        row = self.chunks[chunk]
+        shard, at = int(row["shard"]), ordinal - int(row["first"])
+        mapped = self._shard(shard)
+        extension, offset, size, label = self._parsed(chunk, mapped)[at]
+        return Sample(ordinal, key_of(ordinal), mapped[offset : offset + size], extension, label)
+
+    def labels(self) -> np.ndarray | None:
+        """int64 (n,), or None for an unlabelled corpus."""
+        if self.classes is None:
+            return None
+        return self.index(["label"])["label"].to_numpy().astype(np.int64)
+
+    def index(self, columns: list[str] | None = None) -> "pa.Table":
+        """The index, one row per sample in the order of ordinals. Raises UserError where a file is missing or damaged."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        tables = []
+        for shard in self.manifest.shards:
+            try:
+                tables.append(pq.ParquetFile(self.path / shard.index).read(columns))
+            except (OSError, pa.ArrowInvalid) as e:
+                raise UserError(
+                    f"{self.path / shard.index} cannot be read ({e}): run `selfsight corpus verify`"
+                ) from None
+        return pa.concat_tables(tables)
+
+    def _open_chunks(self) -> None:
+        path = self.path / CHUNKS_NAME
+        try:
+            self.chunks = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as e:
+            raise UserError(f"{path} cannot be read ({e}): restore it, or build the corpus again") from None
+        if self.chunks.dtype != CHUNK_DTYPE or len(self.chunks) != self.manifest.chunks:
+            raise UserError(f"{path} does not belong to this manifest: restore it, or build the corpus again")
+        self._forget()
+
+    def _forget(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._shards: OrderedDict[int, mmap.mmap] = OrderedDict()
+        self._headers: OrderedDict[int, list[tuple[str, int, int, int | None]]] = OrderedDict()
+
+    def _shard(self, number: int) -> mmap.mmap:
+        if self._pid != os.getpid():  # forked: the parent's lock may be held by a thread that is not here
+            self._forget()
+        with self._lock:
+            mapped = self._shards.get(number)
+            if mapped is None:
+                shard = self.manifest.shards[number]
+                with open(self.path / shard.tar, "rb") as f:
+                    if os.fstat(f.fileno()).st_size != shard.bytes:
+                        raise tar.DamagedTar(f"{shard.tar} should be {shard.bytes} bytes long and is not: it ends", 0)
+                    mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+                self._shards[number] = mapped
+                # An evicted map closes when its last reader lets go of it.
+                if len(self._shards) > MAPPED_SHARDS:
+                    self._shards.popitem(last=False)
+            self._shards.move_to_end(number)
+            return mapped
+
+    def _parsed(self, chunk: int, mapped: mmap.mmap) -> list[tuple[str, int, int, int | None]]:
+        with self._lock:
+            found = self._headers.get(chunk)
+            if found is None:
+                found = parse_chunk(mapped, self.chunks[chunk])
+                self._headers[chunk] = found
+                if len(self._headers) > PARSED_CHUNKS:
+                    self._headers.popitem(last=False)
+            self._headers.move_to_end(chunk)
+            return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "manifest": self.manifest}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open_chunks()
+
+
+def parse_chunk(shard: mmap.mmap | bytes, row: np.void) -> list[tuple[str, int, int, int | None]]:
+    """(extension, data offset, size, label) for each sample of one chunk; raises DamagedTar where keys or headers disagree."""
+    offset = int(row["byte_start"])
+    end, first, count = offset + int(row["byte_len"]), int(row["first"]), int(row["n"])
+    samples: list[tuple[str, int, int, int | None]] = []
+    while offset < end:
+        member = tar.parse(shard[offset : offset + tar.BLOCK], offset)
+        if member.end > end:
+            raise tar.DamagedTar("a member reaches out of its chunk", offset)
+        key, _, extension = member.name.decode("ascii", "replace").partition(".")
+        if extension == LABEL_EXTENSION and samples and key == key_of(first + len(samples) - 1):
+            text = shard[member.data_offset : member.data_offset + member.size]
+            if not text.isdigit():
+                raise tar.DamagedTar("a label that is no number", member.data_offset)
+            samples[-1] = (*samples[-1][:3], int(text))
+        elif key == key_of(first + len(samples)) and len(samples) < count:
+            samples.append((extension, member.data_offset, member.size, None))
+        else:
+            raise tar.DamagedTar(f"unexpected member {key}.{extension}", offset)
+        offset = member.end
+    if len(samples) != count:
+        raise tar.DamagedTar(f"{len(samples)} samples instead of {count} in the chunk", int(row["byte_start"]))
+    return samples

@@ -1,0 +1,46 @@
+"""The index of a shard: one Parquet row per sample, in the order of the shard, with all that is known of its bytes."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from selfsight.shards.files import publish
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+# Name → Arrow type, and what it means.
+COLUMNS = {
+    "sample": "uint64",  # global ordinal
+    "key": "string",  # of the WebDataset sample: the ordinal in twelve digits
+    "source": "string",  # where it came from: source name / name inside it
+    "member_offset": "uint64",  # of the image's tar header in the shard
+    "data_offset": "uint64",
+    "size": "uint64",  # bytes of the image file
+    "crc32c": "uint32",
+    "sha256": "binary[32]",
+    "width": "uint32",  # as stored, before the EXIF orientation turns it
+    "height": "uint32",
+    "format": "string",  # Pillow's name of the true format
+    "mode": "string",  # Pillow's, as stored
+    "frames": "uint32",
+    "progressive": "bool",
+    "exif_orientation": "uint8",  # 1–8
+    "label": "int64",  # null in an unlabelled corpus
+}
+
+
+def schema() -> "pa.Schema":
+    import pyarrow as pa
+
+    kinds = {"binary[32]": pa.binary(32), "bool": pa.bool_()}
+    return pa.schema([(name, kinds.get(kind) or pa.type_for_alias(kind)) for name, kind in COLUMNS.items()])
+
+
+def write_index(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Publishes the index of one shard; the same rows give the same bytes (for one version of pyarrow)."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.Table.from_pylist(rows, schema=schema())
+    with publish(path) as f:
+        pq.write_table(table, f, compression="zstd", row_group_size=65536)

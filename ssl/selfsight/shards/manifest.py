@@ -1,0 +1,128 @@
+"""The manifest of a corpus: which shards, of what digests and counts, made how. It is published last, so its presence
+means that the corpus is complete; its id is the Merkle root over the shards and is what checkpoints and scores cite.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from selfsight.errors import UserError
+from selfsight.shards.files import publish
+
+NAME = "manifest.json"
+KIND = "selfsight-corpus"
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard and its index file, by number: shards/NNNNNN.tar, index/NNNNNN.parquet."""
+
+    number: int
+    first: int  # global ordinal of its first sample
+    count: int
+    bytes: int
+    sha256: str
+    index_sha256: str
+
+    @property
+    def tar(self) -> str:
+        return f"shards/{self.number:06d}.tar"
+
+    @property
+    def index(self) -> str:
+        return f"index/{self.number:06d}.parquet"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    id: str
+    n: int
+    image_bytes: int
+    shards: list[Shard]
+    chunks: int
+    chunks_sha256: str
+    rejected_sha256: str
+    classes: list[str] | None  # index = label
+    counts: dict[str, int]  # seen, kept, rejected, skipped, outside, duplicates
+    rejected_reasons: dict[str, int]
+    recipe: dict[str, Any]
+    recipe_digest: str
+    parent: str | None = None
+    kind: str = KIND
+    schema: int = SCHEMA
+    notes: list[str] = field(default_factory=list)
+
+    def save(self, folder: Path) -> None:
+        with publish(folder / NAME) as f:
+            f.write((json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n").encode())
+
+    @staticmethod
+    def load(folder: Path) -> "Manifest":
+        """Raises UserError where there is no manifest, or one that contradicts itself."""
+        path = Path(folder) / NAME
+        try:
+            raw = json.loads(path.read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            if (Path(folder) / ".build").is_dir():
+                raise UserError(
+                    f"{folder} is an unfinished corpus: run the same `selfsight corpus build` again"
+                ) from None
+            raise UserError(f"{folder} is no corpus (no {NAME}): make one with `selfsight corpus build`") from None
+        except (ValueError, RecursionError):
+            raise _malformed(path, "not JSON") from None
+        if not isinstance(raw, dict) or raw.get("kind") != KIND:
+            raise UserError(f"{path} is not the manifest of a selfsight corpus: name another folder")
+        if raw.get("schema") != SCHEMA:
+            raise UserError(
+                f"{path} has schema {raw.get('schema')!r}, this version reads {SCHEMA}: use a matching selfsight"
+            )
+        try:
+            manifest = Manifest(**{**raw, "shards": [Shard(**s) for s in raw["shards"]]})
+        except (TypeError, KeyError):
+            raise _malformed(path, "keys are missing or unknown") from None
+        manifest._check(path)
+        return manifest
+
+    def _check(self, path: Path) -> None:
+        for owner in (self, *self.shards):
+            for f in fields(owner):
+                value = getattr(owner, f.name)
+                if (f.type is int and (type(value) is not int or value < 0)) or (
+                    f.type is str and type(value) is not str
+                ):
+                    raise _malformed(path, f"{f.name} is {value!r}")
+        first = 0
+        for number, shard in enumerate(self.shards):
+            if (shard.number, shard.first) != (number, first) or shard.count < 1:
+                raise _malformed(path, f"shard {number} does not follow its neighbour")
+            first += shard.count
+        if first != self.n:
+            raise _malformed(path, f"the shards hold {first} samples, not {self.n}")
+        if self.classes is not None and not (
+            isinstance(self.classes, list) and all(isinstance(c, str) for c in self.classes)
+        ):
+            raise _malformed(path, "classes is not a list of names")
+        try:
+            root = merkle_root(self.shards)
+        except ValueError:
+            raise _malformed(path, "a digest is not hexadecimal") from None
+        if root != self.id:
+            raise _malformed(path, "the id is not that of the shards listed")
+
+
+def merkle_root(shards: list[Shard]) -> str:
+    """SHA-256 Merkle root over (shard digest, count), in shard order; leaves and nodes are hashed in separate domains."""
+    level = [hashlib.sha256(b"\0" + bytes.fromhex(s.sha256) + s.count.to_bytes(8, "big")).digest() for s in shards]
+    if not level:
+        return hashlib.sha256(b"").hexdigest()
+    while len(level) > 1:
+        pairs = [hashlib.sha256(b"\1" + a + b).digest() for a, b in zip(level[::2], level[1::2], strict=False)]
+        level = pairs + level[len(pairs) * 2 :]
+    return level[0].hex()
+
+
+def _malformed(path: Path, what: str) -> UserError:
+    return UserError(f"{path} is malformed ({what}): restore it from a copy, or build the corpus again")
