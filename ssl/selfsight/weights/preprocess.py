@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -29,7 +31,10 @@ def settings(img_size: int) -> dict[str, Any]:
 
 
 class EvalTransform:
-    """PIL image of any mode → (3, H, W) float32, normalised. Picklable, so that worker processes can have one."""
+    """PIL image of any mode → (3, H, W) float32, normalised. Picklable, so that worker processes can have one.
+
+    The two halves stand apart as well: `pixels` is work for a decoding process, `normalise` for the device.
+    """
 
     def __init__(self, given: dict[str, Any]) -> None:
         from torchvision import transforms
@@ -38,15 +43,24 @@ class EvalTransform:
         _, height, width = given["input_size"]
         scale = math.floor(height / given["crop_pct"])
         # Written out, because timm.data takes a second to import; a test holds it equal to timm's own.
-        self._transform = transforms.Compose(
+        self._frame = transforms.Compose(
             [
                 transforms.Resize(scale, interpolation=InterpolationMode(given["interpolation"])),
                 transforms.CenterCrop((height, width)),
-                transforms.ToTensor(),
-                transforms.Normalize(given["mean"], given["std"]),
             ]
         )
-        self.settings = given
+        self._mean = torch.tensor(given["mean"]).view(3, 1, 1)
+        self._std = torch.tensor(given["std"]).view(3, 1, 1)
 
     def __call__(self, image: Image.Image) -> Tensor:
-        return self._transform(image if image.mode == "RGB" else image.convert("RGB"))
+        return self.normalise(torch.from_numpy(self.pixels(image)))
+
+    def pixels(self, image: Image.Image) -> np.ndarray:
+        """The part of the picture that the encoder sees: uint8 (3, H, W)."""
+        framed = self._frame(image if image.mode == "RGB" else image.convert("RGB"))
+        return np.asarray(framed).transpose(2, 0, 1).copy()
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """uint8 (…, 3, H, W) on any device → float32 of the same shape."""
+        mean, std = self._mean.to(pixels.device), self._std.to(pixels.device)
+        return pixels.float().div_(255).sub_(mean).div_(std)

@@ -1,0 +1,52 @@
+"""From tokens to one feature vector per image, as the published linear probes build it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from selfsight.encoders import Tokens
+from selfsight.errors import UserError
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """Which tokens become the feature.
+
+    `n_last_blocks` class tokens are concatenated, oldest block first; with `avgpool` the mean patch token of the last
+    block follows (DINOv2, `create_linear_input`). `n_last_blocks=0` with `avgpool` is the mean patch token alone.
+    `interleave` is DINO's own ViT-B feature (`eval_linear.py`): class token and mean alternate channel by channel, n=1.
+    """
+
+    n_last_blocks: int = 1
+    avgpool: bool = False
+    interleave: bool = False
+
+    def __post_init__(self) -> None:
+        if self.n_last_blocks < 0 or (self.n_last_blocks == 0 and not self.avgpool):
+            raise UserError(f"no tokens are left with {self.n_last_blocks} blocks: ask for one or more, or for avgpool")
+        if self.interleave and (self.n_last_blocks != 1 or not self.avgpool):
+            raise UserError("interleaved features are DINO's avgpool with one block: set n_last_blocks=1 and avgpool")
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks' tokens are looked at."""
+        return max(1, self.n_last_blocks)
+
+    def __call__(self, tokens: Sequence[Tokens]) -> Tensor:
+        """`tokens` of the last blocks after the final norm, oldest first, at least `blocks` of them → (B, D')."""
+        # An encoder without a class token speaks through its mean patch token.
+        summaries = [t.avg if t.cls is None else t.cls for t in tokens[len(tokens) - self.n_last_blocks :]]
+        return pool(summaries, tokens[-1].patches, self)
+
+
+def pool(cls_tokens: Sequence[Tensor], patches: Tensor, pooling: Pooling) -> Tensor:
+    """`cls_tokens`: `n_last_blocks` times (B, D), oldest first. `patches`: (B, N, D) of the last block. → (B, D')."""
+    if not pooling.avgpool:
+        return torch.cat(list(cls_tokens), dim=-1)
+    average = patches.mean(dim=1)
+    if pooling.interleave:
+        return rearrange([cls_tokens[0], average], "two b d -> b (d two)")
+    return torch.cat([*cls_tokens, average], dim=-1)
