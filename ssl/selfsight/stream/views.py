@@ -36,14 +36,18 @@ class Crop:
     solarize: bool
 
 
+def _between(low: float, high: float, u: float) -> float:
+    return low + (high - low) * u
+
+
 def draw_box(
     u: list[float], width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[int, int, int, int]:
     """The box of torchvision's RandomResizedCrop.get_params, from 40 uniform numbers: (left, top, right, bottom)."""
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for i in range(0, 4 * _TRIES, 4):
-        area = width * height * (scale[0] + (scale[1] - scale[0]) * u[i])
-        aspect = math.exp(low + (high - low) * u[i + 1])
+        area = width * height * _between(*scale, u[i])
+        aspect = math.exp(_between(low, high, u[i + 1]))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             top, left = int(u[i + 2] * (height - h + 1)), int(u[i + 3] * (width - w + 1))
@@ -61,13 +65,11 @@ def draw(spec: CropSpec, k: int, u: list[float], width: int, height: int) -> Cro
     """The parameters of crop `k` of `spec` for an image of width × height pixels, from 64 uniform numbers in [0, 1)."""
     flip, jitter, brightness, contrast, saturation, hue, order, grey, blur, radius, solar = u[4 * _TRIES :][:11]
     strengths = (spec.brightness, spec.contrast, spec.saturation, spec.hue)
-    factors = tuple(
-        low + (high - low) * x
-        for x, (low, high) in zip(
-            (brightness, contrast, saturation, hue),
-            [(max(0.0, 1 - s), 1 + s) for s in strengths[:3]] + [(-spec.hue, spec.hue)],
-            strict=True,
-        )
+    factors = (
+        _between(max(0.0, 1 - spec.brightness), 1 + spec.brightness, brightness),
+        _between(max(0.0, 1 - spec.contrast), 1 + spec.contrast, contrast),
+        _between(max(0.0, 1 - spec.saturation), 1 + spec.saturation, saturation),
+        _between(-spec.hue, spec.hue, hue),
     )
     active = tuple(op for op in _ORDERS[int(order * 24)] if strengths[op] > 0) if jitter < spec.jitter else ()
     return Crop(
@@ -75,13 +77,9 @@ def draw(spec: CropSpec, k: int, u: list[float], width: int, height: int) -> Cro
         size=spec.size,
         flip=flip < spec.flip,
         jitter_order=active,
-        jitter_factors=factors,  # type: ignore[arg-type]
+        jitter_factors=factors,
         grayscale=grey < spec.grayscale,
-        blur_radius=(
-            spec.blur_radius[0] + (spec.blur_radius[1] - spec.blur_radius[0]) * radius
-            if spec.blur and blur < spec.blur[k]
-            else None
-        ),
+        blur_radius=_between(*spec.blur_radius, radius) if spec.blur and blur < spec.blur[k] else None,
         solarize=bool(spec.solarize) and solar < spec.solarize[k],
     )
 
