@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import yaml
+
 from selfsight import recipe
 from selfsight.errors import UserError
 
