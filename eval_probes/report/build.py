@@ -1,0 +1,141 @@
+"""A run folder → one HTML file that stands by itself: no script, nothing from the network, pictures inside.
+
+In: the run, and the corpora its encoders are shown on. Out: report.html, written whole or not at all. What there is no
+data for is left out with a word about it.
+"""
+
+import os
+import tempfile
+from collections import Counter
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+
+from eval_probes.pooling import Pooling
+from eval_probes.report import gallery, sections
+from eval_probes.report.charts import number
+from eval_probes.report.runfolder import RunFolder, open_run
+from eval_probes.results import ResultsStore, Score
+from selfsight import __version__
+from selfsight.errors import UserError
+from selfsight.shards.corpus import Corpus
+
+
+def build_report(run: Path, *, train: Path | None = None, test: Path | None = None, out: Path | None = None) -> Path:
+    """Writes the report of `run` to `out` (default run/report.html) and returns its path.
+
+    `train` is the corpus searched for neighbours (default: the one the recipe names, if it is still there), `test` the
+    held-out one whose images are shown (default: images of `train`). Scores are those of run/results.sqlite. Raises
+    UserError when `run` is no run or a corpus given is none.
+    """
+    opened = open_run(Path(run))
+    trained_on = _recipe_corpus(opened)
+    bank = Corpus.open(Path(train)) if train is not None else trained_on
+    asked = Corpus.open(Path(test)) if test is not None else None
+    target = Path(out) if out is not None else opened.path / "report.html"
+    _write(target, _render(_context(opened, trained_on or bank, bank, asked)))
+    return target
+
+
+def _context(run: RunFolder, trained_on: Corpus | None, bank: Corpus | None, asked: Corpus | None) -> dict[str, Any]:
+    scores = _scores(run)
+    encoders = {n: e for n, e in (("trained", run.trained), ("untrained", run.untrained)) if e is not None}
+    why = {
+        "scores": _why_no_scores(bank),
+        "curves": "No metrics were written: metrics.jsonl is missing or empty.",
+        "near": "No pictures: the run has no exports yet." if not encoders else "No pictures: no corpus was found.",
+    }
+    why["maps"] = why["near"]
+    device = "cuda" if torch.cuda.is_available() else None
+    near, maps, shown = None, None, asked or bank
+    if encoders and bank is not None:
+        near = gallery.neighbours(encoders, bank, asked, pooling=_pooling(run, scores), device=device)
+    if encoders and shown is not None:
+        maps = gallery.maps(encoders, shown, device=device)
+    export = run.trained or run.untrained
+    labels = None if trained_on is None else trained_on.classes
+    curves, constant = sections.curves(run)
+    return {
+        "version": __version__,
+        "name": run.path.resolve().name,
+        "where": run.path.resolve(),
+        "finding": sections.finding(run, scores),
+        "facts": sections.facts(run, None if trained_on is None else trained_on.n, len(labels) if labels else None),
+        "alarms": sections.alarms(run),
+        "groups": sections.score_groups(run, scores, _chance(asked)),
+        "curves": curves,
+        "constant": constant,
+        "near": near,
+        "maps": maps,
+        "asked": "held-out" if asked is not None else "training",
+        "why": why,
+        "weights": None if export is None else str(export.path.resolve()),
+        "digest": None if export is None else export.digest,
+        "corpus_id": None if trained_on is None else trained_on.id,
+        "recipe": run.recipe_lines,
+    }
+
+
+def _recipe_corpus(run: RunFolder) -> Corpus | None:
+    """The corpus the run was trained on, if it is still where the recipe says and still the same."""
+    named, export = run.recipe.get("corpus"), run.trained or run.untrained
+    if not named:
+        return None
+    try:
+        corpus = Corpus.open(Path(named))
+    except UserError:
+        return None
+    known = export.origin["meta"].get("corpus_id") if export is not None else None
+    return corpus if known in (None, corpus.id) else None
+
+
+def _scores(run: RunFolder) -> list[Score]:
+    store = run.path / "results.sqlite"
+    return list(ResultsStore(store).rows()) if store.is_file() else []
+
+
+def _pooling(run: RunFolder, scores: list[Score]) -> Pooling:
+    """The features of the last score of the trained encoder: the same ones are in the cache already."""
+    for score in reversed(scores):
+        if run.trained is not None and score.weights_digest == run.trained.digest:
+            return Pooling(**score.details.get("features", {}).get("pooling", {}))
+    return Pooling()
+
+
+def _why_no_scores(bank: Corpus | None) -> str:
+    if bank is not None and bank.classes is None:
+        return "The corpus has no labels, so there is nothing to probe for; the figures below need none."
+    return "No scores yet: `selfsight eval knn` and `selfsight eval linear` write them into the run."
+
+
+def _chance(asked: Corpus | None) -> float | None:
+    """The accuracy of always answering the most frequent class of the held-out corpus."""
+    labels = None if asked is None else asked.labels()
+    return None if labels is None or not len(labels) else max(Counter(labels.tolist()).values()) / len(labels)
+
+
+def _render(context: dict[str, Any]) -> str:
+    source = resources.files("eval_probes.report").joinpath("template.html").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"number": number, "count": sections.count, "percent": sections.percent, "pyrepr": repr}
+    return environment.from_string(source).render(context)
+
+
+def _write(target: Path, text: str) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,214 @@
+"""Charts as inline SVG: small multiples of a curve over steps, and dots with whiskers for scores and their intervals.
+
+In: numbers. Out: `Markup` whose colours come from the page's CSS variables, so that one drawing serves light, dark and
+printer. No JavaScript; what a pointer may ask for is in `<title>` elements.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+# One curve's drawing, in the units of its viewBox.
+WIDTH, HEIGHT = 320, 168
+LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 24
+BUCKETS = 240  # a curve of more points is drawn as the mean of each bucket inside its minimum–maximum band
+
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def number(value: float, digits: int = 4) -> str:
+    """`value` as a reader writes it: 12 345, 0.0312, 5 × 10⁻⁴. Non-finite values by name."""
+    if not math.isfinite(value):
+        return "not a number" if math.isnan(value) else "∞" if value > 0 else "−∞"
+    if value == 0:
+        return "0"
+    size = abs(value)
+    if size >= 1e6 or size < 1e-3:
+        mantissa, exponent = f"{value:.{max(digits - 2, 0)}e}".split("e")
+        mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
+        power = f"10{str(int(exponent)).translate(_SUPERSCRIPT)}"
+        return f"{mantissa} × {power}".replace("-", "−")
+    decimals = max(digits - 1 - math.floor(math.log10(size)), 0)
+    text = f"{value:,.{decimals}f}"
+    if "." in text:
+        text = text.rstrip("0").rstrip(".")
+    return text.replace(",", "\u202f").replace("-", "−")
+
+
+def ticks(low: float, high: float, about: int = 4) -> list[float]:
+    """Round numbers (1, 2, 2.5 or 5 times a power of ten) covering [low, high]; the ends lie on or beyond the data."""
+    if high <= low:
+        margin = abs(low) * 0.1 or 1.0
+        low, high = low - margin, high + margin
+    raw = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12 - math.floor(math.log10(step))) for i in range(first, last + 1)]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One drawn curve: its last finite value, and its SVG."""
+
+    title: str
+    unit: str
+    last: str
+    svg: Markup
+
+
+def curve(
+    title: str,
+    steps: Sequence[float],
+    values: Sequence[float],
+    *,
+    unit: str = "",
+    alarms: Sequence[tuple[float, str]] = (),
+    reference: tuple[float, str] | None = None,
+) -> Curve | None:
+    """A curve over steps. None if no value is finite.
+
+    `alarms` are (step, words), drawn as vertical marks. `reference` is a (value, words) the curve should be read
+    against, such as the loss of a collapsed model; it is drawn where it lies within or near the curve's range.
+    """
+    points = [(float(s), float(v)) for s, v in zip(steps, values, strict=True)]
+    finite = [(s, v) for s, v in points if math.isfinite(v)]
+    if not finite:
+        return None
+    low, high = min(v for _, v in finite), max(v for _, v in finite)
+    if reference is not None:
+        room = high - low or abs(high) or 1.0
+        if low - room <= reference[0] <= high + room:
+            low, high = min(low, reference[0]), max(high, reference[0])
+        else:
+            reference = None
+    y_ticks = ticks(low, high)
+    x_low, x_high = points[0][0], max(points[-1][0], points[0][0] + 1)
+    # A range that begins close to step 0 is read better from 0 on.
+    x_low = 0.0 if x_low <= 0.1 * x_high else x_low
+    x_ticks = [t for t in ticks(x_low, x_high, 4) if x_low <= t <= x_high]
+
+    def x(step: float) -> float:
+        return LEFT + (step - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
+
+    def y(value: float) -> float:
+        return HEIGHT - BOTTOM - (value - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (HEIGHT - TOP - BOTTOM)
+
+    parts = []
+    for t in y_ticks:
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(t):.1f}" y2="{y(t):.1f}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y(t) + 3.5:.1f}" text-anchor="end">{number(t)}</text>')
+    for t in x_ticks:
+        parts.append(
+            f'<text class="tick" x="{x(t):.1f}" y="{HEIGHT - 7}" text-anchor="middle">{number(t)}</text>'
+            f'<line class="axis" x1="{x(t):.1f}" x2="{x(t):.1f}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM + 4}"/>'
+        )
+    parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>')
+    if reference is not None:
+        at = y(reference[0])
+        parts.append(
+            f'<line class="reference" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>'
+            f'<text class="tick" x="{WIDTH - RIGHT}" y="{at - 4 if at > TOP + 12 else at + 12:.1f}" text-anchor="end">'
+            f"{escape(reference[1])}</text>"
+        )
+    for run in _runs(points):
+        parts.append(_line(run, x, y))
+    for step, words in alarms:
+        if x_low <= step <= x_high:
+            at = x(step)
+            parts.append(
+                f'<g class="alarm"><title>{escape(words)}</title>'
+                f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+                f'<path d="M{at - 4:.1f} {TOP - 8} h8 l-4 8 z"/></g>'
+            )
+    last_step, last = finite[-1]
+    parts.append(
+        f'<circle class="last" cx="{x(last_step):.1f}" cy="{y(last):.1f}" r="3">'
+        f"<title>step {number(last_step)}: {number(last)}</title></circle>"
+    )
+    label = escape(f"{title}: {number(finite[0][1])} at step {number(finite[0][0])}, {number(last)} at the end")
+    svg = (
+        f'<svg class="curve" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
+        + "".join(parts)
+        + "</svg>"
+    )
+    return Curve(title, unit, number(last), Markup(svg))  # every text above went through escape()
+
+
+def _runs(points: list[tuple[float, float]]) -> list[list[tuple[float, float]]]:
+    """Stretches of finite values: a curve breaks where a value is not finite."""
+    runs: list[list[tuple[float, float]]] = [[]]
+    for step, value in points:
+        if math.isfinite(value):
+            runs[-1].append((step, value))
+        elif runs[-1]:
+            runs.append([])
+    return [run for run in runs if run]
+
+
+def _line(run: list[tuple[float, float]], x, y) -> str:
+    if len(run) > 2 * BUCKETS:
+        size = math.ceil(len(run) / BUCKETS)
+        buckets = [run[i : i + size] for i in range(0, len(run), size)]
+        centre = [sum(s for s, _ in b) / len(b) for b in buckets]
+        upper = [f"{x(s):.1f} {y(max(v for _, v in b)):.1f}" for s, b in zip(centre, buckets, strict=True)]
+        lower = [f"{x(s):.1f} {y(min(v for _, v in b)):.1f}" for s, b in zip(centre, buckets, strict=True)]
+        band = f'<path class="band" d="M{" L".join(upper + lower[::-1])} Z"/>'
+        run = [(s, sum(v for _, v in b) / len(b)) for s, b in zip(centre, buckets, strict=True)]
+    else:
+        band = ""
+    return band + f'<path class="line" d="M{" L".join(f"{x(s):.1f} {y(v):.1f}" for s, v in run)}"/>'
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A score between the ends of its 95 % interval."""
+
+    low: float
+    value: float
+    high: float
+    kind: str  # CSS class: pixels, untrained, trained or step
+
+
+class DotPlot:
+    """Rows of dots with whiskers over one shared axis from 0. Positions are percentages, so text never scales."""
+
+    def __init__(
+        self, intervals: Sequence[Interval], *, chance: float | None = None, limit: float | None = None
+    ) -> None:
+        self.chance = chance
+        highest = max([i.high for i in intervals] + [chance or 0.0])
+        lowest = min([i.low for i in intervals] + [0.0])
+        self.ticks = ticks(lowest, min(highest * 1.02, limit) if limit else highest * 1.02, 5)
+
+    def _at(self, value: float) -> str:
+        # Half a dot of room at both ends.
+        share = (value - self.ticks[0]) / (self.ticks[-1] - self.ticks[0])
+        return f"{2 + 96 * min(max(share, 0.0), 1.0):.2f}%"
+
+    def row(self, interval: Interval, words: str) -> Markup:
+        """One row: 28 px high, as wide as its place."""
+        grid = "".join(f'<line class="grid" x1="{self._at(t)}" x2="{self._at(t)}" y1="0" y2="28"/>' for t in self.ticks)
+        if self.chance is not None:
+            at = self._at(self.chance)
+            grid += f'<line class="reference" x1="{at}" x2="{at}" y1="0" y2="28"/>'
+        low, value, high = self._at(interval.low), self._at(interval.value), self._at(interval.high)
+        return Markup(  # positions are ours and the words are escaped
+            f'<svg class="dots {escape(interval.kind)}" width="100%" height="28" role="img" '
+            f'aria-label="{escape(words)}"><title>{escape(words)}</title>{grid}'
+            f'<line class="whisker" x1="{low}" x2="{high}" y1="14" y2="14"/>'
+            f'<line class="whisker" x1="{low}" x2="{low}" y1="9" y2="19"/>'
+            f'<line class="whisker" x1="{high}" x2="{high}" y1="9" y2="19"/>'
+            f'<circle cx="{value}" cy="14" r="5"/></svg>'
+        )
+
+    def axis(self, *, percent: bool) -> Markup:
+        """The ticks' numbers, below the last row."""
+        scale = 100 if percent else 1
+        texts = "".join(
+            f'<text class="tick" x="{self._at(t)}" y="12" text-anchor="middle">{number(t * scale)}</text>'
+            for t in self.ticks
+        )
+        return Markup(f'<svg class="dots" width="100%" height="18" aria-hidden="true">{texts}</svg>')
