@@ -85,7 +85,7 @@ def extract(
     pooling = Pooling(n_last_blocks, avgpool, interleave)
     opened = Corpus.open(corpus)
     source = _Source.open(weights)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = pick_device(device)
 
     def fill(out: np.ndarray) -> None:
         embed = source.embedder(pooling, place, precision)
@@ -111,6 +111,18 @@ def extract(
         pooling=pooling,
         meta=source.meta,
     )
+
+
+def pick_device(name: str | torch.device | None = None) -> torch.device:
+    """The device called `name`; None is a GPU if there is one. Raises UserError when it is not there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:  # AssertionError: torch without CUDA
+        raise UserError(f"there is no device {name} here ({str(e).splitlines()[0]}): use cpu or leave it out") from e
+    return device
 
 
 def check_pair(train: Features, test: Features) -> int:

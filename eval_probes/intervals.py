@@ -1,4 +1,4 @@
-"""How sure a figure is: Wilson's score interval for a proportion (1927), which is honest near 0 and 1 and for small n."""
+"""How sure a figure is: Wilson's score interval for a proportion (1927), honest near 0 and 1 and for small n."""
 
 import math
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from eval_probes.features import Features, check_pair
+from eval_probes.features import Features, check_pair, pick_device
 from eval_probes.protocol import Protocol
 from eval_probes.results import Score, accuracy_score
 from selfsight.errors import UserError
@@ -99,7 +99,7 @@ def evaluate(train: Features, test: Features, protocol: KNN | None = None, *, de
     """Accuracy on `test` with `train` as the bank. Raises UserError for a pair that means nothing: see `check_pair`."""
     protocol = protocol or KNN()
     n_classes = check_pair(train, test)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = pick_device(device)
     bank, queries = (torch.from_numpy(np.asarray(f.X)).to(place) for f in (train, test))
     bank_labels, labels = (torch.from_numpy(np.asarray(f.y)).to(place) for f in (train, test))
     scores = classify(bank, bank_labels, queries, n_classes, protocol)

@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from eval_probes.features import Features, check_pair
+from eval_probes.features import Features, check_pair, pick_device
 from eval_probes.protocol import Protocol
 from eval_probes.results import Score, accuracy_score
 from selfsight.console import progress
@@ -129,7 +129,7 @@ def evaluate(train: Features, test: Features, protocol: Linear | None = None, *,
     """Accuracy on `test` of the probe chosen and trained on `train`. Raises UserError as `check_pair` does."""
     protocol = protocol or Linear()
     n_classes = check_pair(train, test)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = pick_device(device)
     assert train.y is not None
     fit, held = hold_out(train.y, protocol.held_out, protocol.seed)
     if len(held) == 0:

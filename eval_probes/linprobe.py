@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from eval_probes.features import Features, check_pair
+from eval_probes.features import Features, check_pair, pick_device
 from eval_probes.linear import batches
 from eval_probes.protocol import Protocol
 from eval_probes.results import Score, accuracy_score
@@ -59,7 +59,7 @@ def evaluate(
 
     protocol = protocol or MAELinprobe()
     n_classes = check_pair(train, test)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = pick_device(device)
     X, X_test = (torch.from_numpy(np.asarray(f.X)).to(place) for f in (train, test))
     y, y_test = (torch.from_numpy(np.asarray(f.y)).to(place) for f in (train, test))
     batch = min(protocol.batch_size, train.n)

@@ -57,3 +57,11 @@ def _steps(folder: Path) -> list[tuple[int, Path]]:
         (int(p.name.removeprefix("step_")), p) for p in folder.glob("step_*") if p.name.removeprefix("step_").isdigit()
     ]
     return sorted(numbered)
+
+
+def run_of(path: Path) -> Path | None:
+    """The run that `path` is, or in whose `exports` it lies; None for anything else."""
+    for folder, fits in ((path, True), (path.absolute().parent.parent, path.absolute().parent.name == "exports")):
+        if fits and is_run(folder):
+            return folder
+    return None
