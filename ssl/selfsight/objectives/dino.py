@@ -128,24 +128,27 @@ class DINO(Objective):
 
     def forward(self, batch: dict[str, Tensor], progress: Progress) -> Outcome:
         """batch: "global" (2, B, 3, S, S) and, unless there are no local crops, "local" (n, B, 3, s, s)."""
-        c = self.config
         crops = [batch[name] for name in ("global", "local") if name in batch]
         with torch.no_grad():
             cls_t, logits_t = self._project(self.teacher, self.teacher_head, crops[:1])
+        _, logits_s = self._project(self.student, self.student_head, crops)
+        loss, metrics = self.compare(logits_s, logits_t, progress)
+        return Outcome(loss, features=cls_t[: len(cls_t) // 2], metrics=metrics)
+
+    def compare(self, logits_s: Tensor, logits_t: Tensor, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of student logits (V, B, K) and teacher logits (2, B, K), which join the next centre."""
+        with torch.no_grad():
             log_q = F.log_softmax((logits_t - self.center) / self.teacher_temperature(progress), dim=-1)
             q = log_q.exp()  # (2, B, K)
+            entropy = -(q * log_q).sum(dim=-1).mean()
             if self.training:
                 self.pending_sum += logits_t.sum(dim=(0, 1))
                 self.pending_rows += logits_t.shape[0] * logits_t.shape[1]
-        _, logits_s = self._project(self.student, self.student_head, crops)
-        loss = dino_loss(logits_s, q, c.student_temp)
-
-        entropy = -(q * log_q).sum(dim=-1).mean()
-        metrics = {
+        loss = dino_loss(logits_s, q, self.config.student_temp)
+        return loss, {
             "teacher_entropy": entropy,  # 0: one prototype takes all; ln K: all alike
-            "kl": loss.detach() - entropy,  # teacher ‖ student: what training can still remove
+            "kl": loss.detach() - entropy,  # of teacher and student: what training can still remove
         }
-        return Outcome(loss, features=cls_t[: len(cls_t) // 2], metrics=metrics)
 
     def _project(self, encoder: encoders.Encoder, head: nn.Module, crops: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Class tokens (V·B, D) and logits (V, B, K) of all crops: one forward per resolution, then one of the head."""

@@ -44,7 +44,7 @@ class MAE(Objective):
         grid = self.student.grid(config.crop_size)
         dim, prefix = config.decoder_embed_dim, self.student.num_prefix
         self.num_patches = grid**2
-        self.len_keep = int(self.num_patches * (1 - config.mask_ratio))  # truncated as in the paper's code
+        self.len_keep = kept(self.num_patches, config.mask_ratio)
         self._check(encoder)
 
         self.decoder_embed = nn.Linear(self.student.embed_dim, dim)
@@ -128,6 +128,11 @@ class MAE(Objective):
             )
         if len(c.crop_scale) != 2:
             raise UserError("objective.crop_scale should be two numbers: from, to")
+
+
+def kept(num_patches: int, mask_ratio: float) -> int:
+    """How many patches the encoder sees: truncated as in the official code, so 0.9 of 100 hides 91 of them."""
+    return int(num_patches * (1 - mask_ratio))
 
 
 def random_masking(noise: Tensor, len_keep: int) -> tuple[Tensor, Tensor, Tensor]:
