@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 
 from selfsight.errors import UserError
 
@@ -110,10 +111,17 @@ def run_stats(args: argparse.Namespace) -> int:
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console(highlight=False)
+    # A file or a pipe wants whole lines; only a terminal has a width.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 300)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     spread = found["quantiles"]
     classes = found["classes"]
+
+    def size(quantile: str) -> str:
+        return f"{spread['width'][quantile]} × {spread['height'][quantile]}"
+
     rows = {
         "corpus": found["path"],
         "id": found["id"],
@@ -122,11 +130,10 @@ def run_stats(args: argparse.Namespace) -> int:
         "classes": "unlabelled" if classes is None else f"{len(classes)}",
         "formats": ", ".join(f"{k} {v:,}" for k, v in found["formats"].items()),
         "modes": ", ".join(f"{k} {v:,}" for k, v in found["modes"].items()),
-        "width × height": f"median {spread['width']['p50']} × {spread['height']['p50']}, "
-        f"from {spread['width']['p0']} × {spread['height']['p0']} to {spread['width']['p100']} × {spread['height']['p100']}",
+        "width × height": f"median {size('p50')}, from {size('p0')} to {size('p100')}",
         "file size": f"median {human(spread['size']['p50'])}, largest {human(spread['size']['p100'])}",
         "of which": f"{found['duplicates']} duplicates, {found['rotated']} EXIF-rotated, {found['animated']} animated",
-        "left out": f"{found['rejected']} rejected, {found['skipped']} skipped, {found['outside']} outside the hash range",
+        "left out": ", ".join(f"{found[key]} {key}" for key in ("rejected", "skipped", "outside")),
         "labels": "; ".join(found["notes"]),
     }
     for name, value in rows.items():

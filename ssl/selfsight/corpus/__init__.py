@@ -1,7 +1,7 @@
-"""Image files → a verified corpus: `build` from folders, archives and tables, `verify` every byte, `stats` of what is there."""
+"""Image files → a verified corpus: `build` from folders, archives, tables; `verify` every byte; `stats` of it all."""
 
+from selfsight.corpus.audit import Fault, verify
 from selfsight.corpus.ingest import BuildReport, build
 from selfsight.corpus.summary import stats
-from selfsight.shards.verify import Fault, verify
 
 __all__ = ["BuildReport", "Fault", "build", "stats", "verify"]

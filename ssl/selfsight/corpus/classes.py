@@ -16,8 +16,8 @@ def shown(name: bytes) -> str:
 def resolve(found: Iterable[LabelKey], sources: list[Source]) -> tuple[list[str] | None, dict[LabelKey, int], str]:
     """(class names or None, label of each key, a sentence on how it was decided).
 
-    Integer labels are kept as they are. Folder names are classes where every image of a source lies in exactly one level
-    of class folders (under whatever folders all of them share) and there are at least two classes.
+    Integer labels are kept as they are. Folder names are classes where every image of a source lies in exactly one
+    level of class folders (under whatever folders all of them share) and there are at least two classes.
     """
     keys = sorted(found, key=lambda k: (k[0], k[1], k[2] or ""))
     names: dict[LabelKey, str] = {}

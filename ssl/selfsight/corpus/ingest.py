@@ -1,8 +1,8 @@
-"""Images in, a corpus out, in two passes: scan every file in parallel (read, hash, decode), then write shards in parallel.
+"""Images in, a corpus out, in two parallel passes: scan every file (read, hash, decode), then write the shards.
 
 The order of the corpus is that of a seeded hash over content and name, so it is shuffled, and neither the number of
-workers nor the order of the inputs changes a byte. What was done is kept under `.build/` until the manifest is published,
-so a build that was killed goes on where it was.
+workers nor the order of the inputs changes a byte. What was done is kept under `.build/` until the manifest is
+published, so a build that was killed goes on where it was.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,9 @@ def build(
 ) -> BuildReport:
     """Builds the corpus `out` from folders, archives, Parquet files or corpora; a finished identical build is a no-op.
 
-    `hash_range=(a, b)` keeps the images whose content hash, as a number in [0, 1), falls into [a, b): disjoint ranges are
-    splits that exact duplicates cannot cross, with one list of classes. Raises UserError for what the user can mend and
-    OSError when the disk is full or not writable; what was there before stays.
+    `hash_range=(a, b)` keeps the images whose content hash, as a number in [0, 1), falls into [a, b): disjoint ranges
+    are splits that exact duplicates cannot cross, with one list of classes. Raises UserError for what the user can
+    mend, a full or unwritable disk included; what was there before stays.
     """
     started = time.monotonic()
     if not 0 <= hash_range[0] < hash_range[1] <= 1:
@@ -101,18 +102,22 @@ def build(
 
     existed = out.exists()
     work = out / BUILD_FOLDER
-    work.mkdir(parents=True, exist_ok=True)
-    ledger = Ledger(work, digest)
     try:
-        _scan(found, ledger, work, Scanner(seed, hash_range), workers or available_cores())
-        _write(found, ledger, out, recipe, digest, workers or available_cores())
-    except UserError:
-        ledger.close()
-        # The inputs are at fault and will change: nothing of this attempt is worth keeping.
-        _discard(out, existed)
-        raise
-    finally:
-        ledger.close()
+        work.mkdir(parents=True, exist_ok=True)
+        with closing(Ledger(work, digest)) as ledger:
+            try:
+                _scan(found, ledger, work, Scanner(seed, hash_range), workers or available_cores())
+                _write(found, ledger, out, recipe, digest, workers or available_cores())
+            except UserError:
+                # The inputs are at fault and will change: nothing of this attempt is worth keeping.
+                _discard(out, existed)
+                raise
+    except OSError as e:
+        where = f" ({e.filename})" if e.filename else ""
+        raise UserError(
+            f"building {out} stopped: {e.strerror or e}{where}: mend that (free space, permissions), then run"
+            " the same command and it goes on"
+        ) from None
     shutil.rmtree(work)
     return _report(out, started, was_complete=False)
 
@@ -261,8 +266,7 @@ def write_shard(task: ShardTask) -> tuple[Shard, np.ndarray]:
         writer = ShardWriter(f, number=task.number, first=task.first, chunk_samples=task.chunk_samples)
         for ordinal, (image, label) in enumerate(zip(task.images, task.labels, strict=True), task.first):
             source = f"{task.sources[image.source]}/{shown(image.name)}"
-            data = files.read(image.path, image.offset, image.size + image.whole, -1 if image.whole else image.size)
-            if hashlib.sha256(data).digest() != image.sha256:
+            if hashlib.sha256(data := _bytes_of(image, files)).digest() != image.sha256:
                 raise UserError(f"{source} changed while the corpus was built: run again when the source stands still")
             member_offset, data_offset = writer.add(data, EXTENSIONS[image.format], label)
             copied = {k: getattr(image, k) for k in COPIED}
@@ -285,6 +289,14 @@ def write_shard(task: ShardTask) -> tuple[Shard, np.ndarray]:
     return Shard(task.number, task.first, len(rows), size, sha256, index_sha256), chunks
 
 
+def _bytes_of(image: Image, files: Files) -> bytes:
+    """What lies now where pass 1 found the image; nothing where it has gone."""
+    try:
+        return files.read(image.path, image.offset, image.size + image.whole, -1 if image.whole else image.size)
+    except OSError:
+        return b""
+
+
 COPIED = ("size", "crc32c", "sha256", "width", "height", "format", "mode", "frames", "exif_orientation")
 
 
@@ -293,8 +305,8 @@ def _nothing(sources: list[Source], ledger: Ledger, counts: dict[str, int]) -> U
     if counts["rejected"]:
         source, name, _, reason = next(ledger.refused())
         return UserError(
-            f"none of the {counts['rejected']} images in {names} can be decoded (first: {sources[source].name}/{shown(name)}:"
-            f" {reason}): check the files"
+            f"none of the {counts['rejected']} images in {names} can be decoded"
+            f" (first: {sources[source].name}/{shown(name)}: {reason}): check the files"
         )
     if counts["outside"]:
         return UserError(f"no image of {names} falls into the hash range: widen it")

@@ -1,6 +1,6 @@
-"""The working state of a build: one SQLite file that survives a kill, so that a rerun goes on where the last one ended.
+"""The working state of a build: one SQLite file that survives a kill, so that a rerun goes on where it was.
 
-It holds what pass 1 found (ordered by the build's hash, on disk, so memory stays bounded) and which shards are finished.
+It holds what pass 1 found, ordered on disk by the build's hash so that memory stays bounded, and which shards are done.
 """
 
 import fcntl
@@ -49,7 +49,8 @@ class Ledger:
         self._insert("INSERT OR IGNORE INTO meta VALUES ('recipe', ?)", [(recipe_digest,)])
         if self._rows("SELECT value FROM meta WHERE key='recipe'") != [(recipe_digest,)]:
             raise UserError(
-                f"{folder.parent} holds an unfinished build of other images or options: finish that one, or remove it first"
+                f"{folder.parent} holds an unfinished build of other images or options:"
+                " finish that one, or remove it first"
             )
 
     def close(self) -> None:

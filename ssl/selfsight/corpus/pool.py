@@ -1,16 +1,15 @@
-"""Tasks over worker processes, with a bounded number in flight, so that a billion of them need no more memory than ten."""
+"""Tasks over worker processes, a bounded number in flight, so that a billion of them need no more memory than ten."""
 
 import itertools
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for
 from typing import TypeVar
-
-from selfsight.errors import UserError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -23,14 +22,14 @@ def available_cores() -> int:
 def each(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
     """`function` of every task, as they get done. One worker is this process itself.
 
-    Raises UserError when a worker is killed, as a kernel short of memory does.
+    Raises ChildProcessError when a worker is killed, as a kernel short of memory does.
     """
     if workers <= 1:
         yield from map(function, tasks)
         return
     # Spawned, not forked: the caller may hold the threads and locks of torch.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_leave_with_parent)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     try:
         tasks = iter(tasks)
         running = {pool.submit(function, task) for task in itertools.islice(tasks, 3 * workers)}
@@ -40,13 +39,16 @@ def each(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int
             for future in done:
                 yield future.result()
     except BrokenProcessPool:
-        raise UserError("a worker process was killed (out of memory?): run again, with fewer --workers") from None
+        raise ChildProcessError(
+            "a worker process was killed, perhaps for memory: run again with fewer --workers"
+        ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _leave_with_parent() -> None:
-    """A worker whose parent was killed would wait for tasks for ever."""
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and stops handing out tasks
+    # A worker whose parent was killed would wait for tasks for ever.
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=lambda: (wait_for([parent.sentinel]), os._exit(1)), daemon=True).start()

@@ -18,19 +18,23 @@ from typing import IO, NamedTuple
 import google_crc32c
 from PIL import ImageFile
 
-from selfsight.corpus.sources import Candidate, Unit, image_column, normal
+from selfsight.corpus.discover import image_column
+from selfsight.corpus.sources import Candidate, Unit, normal
 from selfsight.shards.decode import DecodeError, load, open_image, orientation, to_rgb
 from selfsight.shards.files import publish
 
 MAX_FILE_BYTES = 1 << 30
 SNIFFED_BYTES = 64
-IMAGE_SUFFIXES = tuple(
-    f".{s}".encode()
-    for s in ["jpg", "jpeg", "jpe", "jfif", "png", "apng", "gif", "webp", "bmp", "dib", "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "jp2", "j2k", "jpx", "avif", "qoi", "mpo"]
-)
+IMAGE_SUFFIXES = (
+    b".jpg", b".jpeg", b".jpe", b".jfif", b".mpo", b".png", b".apng", b".gif", b".webp", b".bmp", b".dib", b".tif",
+    b".tiff", b".ppm", b".pgm", b".pbm", b".pnm", b".jp2", b".j2k", b".jpx", b".avif", b".qoi",
+)  # fmt: skip
 # Read by no decoder here, but images to whoever named them so: they are listed as rejected, not as something else.
-FOREIGN_SUFFIXES = tuple(f".{s}".encode() for s in ["heic", "heif", "svg", "psd", "eps", "ico", "tga", "dng", "cr2", "nef", "arw", "raw", "jxl"])
-MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"qoif", b"\0\0\0\x0cjP  ")
+FOREIGN_SUFFIXES = (
+    b".heic", b".heif", b".jxl", b".svg", b".psd", b".eps", b".ico", b".tga", b".dng", b".cr2", b".nef", b".arw",
+    b".raw",
+)  # fmt: skip
+MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*", b"qoif", b"\0\0\0\x0cjP  ")
 
 
 class Image(NamedTuple):
@@ -60,8 +64,8 @@ class Image(NamedTuple):
 
 @dataclass
 class Scan:
-    """What one unit held. `labels` counts (source, folder, tag) of all that opens as an image, in the hash range or not,
-    so that the two halves of a split agree on their classes."""
+    """What one unit held. `labels` counts (source, folder, tag) of all that opens as an image, in the hash range or
+    not, so that the two halves of a split agree on their classes."""
 
     source: int
     number: int
@@ -130,12 +134,15 @@ class Scanner:
             scan.skipped.append((candidate.name, candidate.problem))
         elif base.startswith(b"._"):
             scan.skipped.append((candidate.name, "a resource fork, not an image"))
-        elif name.endswith(FOREIGN_SUFFIXES):
-            scan.rejected.append((candidate.name, "a format that is not supported"))
         else:
             try:
                 size = candidate.size if candidate.size >= 0 else os.stat(candidate.path).st_size
-                if not name.endswith(IMAGE_SUFFIXES) and not looks_like_image(head(SNIFFED_BYTES)):
+                known = name.endswith(IMAGE_SUFFIXES)
+                start = b"" if known else head(SNIFFED_BYTES)
+                # A camera's raw file is a TIFF outside, of which Pillow would take the thumbnail.
+                if name.endswith(FOREIGN_SUFFIXES) and (start[:2] in (b"II", b"MM") or not looks_like_image(start)):
+                    scan.rejected.append((candidate.name, "a format that is not supported"))
+                elif not known and not looks_like_image(start):
                     scan.skipped.append((candidate.name, "not an image"))
                 elif size > MAX_FILE_BYTES:
                     scan.rejected.append((candidate.name, f"larger than {MAX_FILE_BYTES >> 20} MiB"))
@@ -200,14 +207,15 @@ class Files:
                 return f.read(n)
         if path != self._path:
             self.__exit__()
-            self._path, self._file = path, open(path, "rb")
+            self._path, self._file = path, open(path, "rb")  # noqa: SIM115
         assert self._file is not None
         self._file.seek(offset)
         return self._file.read(min(n, size))
 
 
 def looks_like_image(head: bytes) -> bool:
-    return head.startswith(MAGIC) or head[8:12] == b"WEBP" or head[4:12] in (b"ftypavif", b"ftypavis")
+    bitmap = head[:2] == b"BM" and head[6:10] == bytes(4)
+    return bitmap or head.startswith(MAGIC) or head[8:12] == b"WEBP" or head[4:12] in (b"ftypavif", b"ftypavis")
 
 
 def _zip_cells(unit: Unit, scanner: Scanner, scan: Scan) -> Iterator[tuple[Candidate, bytes]]:
@@ -219,7 +227,7 @@ def _zip_cells(unit: Unit, scanner: Scanner, scan: Scan) -> Iterator[tuple[Candi
                 with archive.open(info) as f:
                     head = f.read(SNIFFED_BYTES)
                     if scanner._worth_reading(candidate, scan, lambda n, head=head: head):
-                        # The declared size was checked; a member that holds more than it declares is cut off by zipfile.
+                        # The declared size was checked; zipfile cuts off a member that holds more than it declares.
                         yield candidate, head + f.read(candidate.size)
             except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as e:
                 scan.rejected.append((candidate.name, f"cannot be unpacked ({' '.join(str(e).split())})"))
@@ -243,6 +251,7 @@ def _parquet_cells(unit: Unit, scan: Scan) -> Iterator[tuple[Candidate, bytes]]:
             if struct and cell:
                 name, cell = cell.get("path") or name, cell.get("bytes")
             tag = str(cells[label]) if label and cells[label] is not None else None
+            tag = None if tag and tag.startswith("-") else tag  # -1 is how data sets write that there is none
             candidate = Candidate(normal(name.encode("utf-8", "surrogatepass")), unit.path, tag=tag)
             row += 1
             if cell is None:

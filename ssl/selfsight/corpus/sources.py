@@ -1,8 +1,8 @@
-"""What images come in: folders, tars (also compressed, also WebDataset shards), zips, Parquet tables, finished corpora.
+"""What images come in: folders, tars (also compressed, also WebDataset shards), zips and Parquet tables.
 
 A source lists its files in one fixed order and hands them out as units of work. Archives are read by offset and never
-unpacked by name, so no member can write anywhere; what cannot be read by offset (a compressed tar, a deflated zip member,
-a Parquet cell) goes through a spool file.
+unpacked by name, so no member can write anywhere; what cannot be read by offset (a compressed tar, a deflated zip
+member, a Parquet cell) goes through a spool file.
 """
 
 import bz2
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from selfsight.corpus.discover import compression, image_column, kind_of_file, opened_kind, walk
 from selfsight.errors import UserError
 from selfsight.shards import tar
 from selfsight.shards.files import publish
@@ -25,10 +26,6 @@ from selfsight.shards.files import publish
 UNIT_FILES = 128
 UNIT_BYTES = 64 << 20
 MAX_LABEL_BYTES = 4096
-COMPRESSED = {".gz": gzip, ".tgz": gzip, ".bz2": bz2, ".tbz2": bz2, ".xz": lzma, ".txz": lzma}
-ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip", ".parquet")
-IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "content", "image_bytes", "data")
-LABEL_COLUMNS = ("label", "labels", "cls", "class", "class_id", "target", "fine_label")
 
 
 class Candidate(NamedTuple):
@@ -81,21 +78,21 @@ class Source:
         self.spooled = folder / f"{number:06d}.tar"
         if self.spooled.exists():
             return
-        opener = next(m for suffix, m in COMPRESSED.items() if self.path.name.lower().endswith(suffix))
+        opener = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}[compression(self.path) or "gzip"]
         try:
-            with opener.open(self.path, "rb") as packed, publish(self.spooled) as f:
+            with opener(self.path, "rb") as packed, publish(self.spooled) as f:
                 while block := packed.read(1 << 20):
                     f.write(block)
         except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as e:
             raise self._damaged(str(e)) from None
+        except OSError as e:
+            if e.errno is None:  # bz2's way of saying that the data is not its own
+                raise self._damaged(str(e)) from None
+            raise
 
     def count(self) -> int:
         """How many files (table rows) there are to look at."""
-        return (
-            sum(self._rows_of(g) for g in range(self._groups()))
-            if self.kind == "parquet"
-            else sum(1 for _ in self.files())
-        )
+        return self._parquet().metadata.num_rows if self.kind == "parquet" else sum(1 for _ in self.files())
 
     def units(self, number: int, spool: Path) -> Iterator[Unit]:
         """The work of this source, always cut the same way."""
@@ -108,7 +105,7 @@ class Source:
 
         made = 0
         if self.kind == "parquet":
-            for group in range(self._groups()):
+            for group in range(self._parquet().metadata.num_row_groups):
                 yield unit("parquet", [group])
             return
         kind, batch, size = "ranges", [], 0
@@ -125,30 +122,27 @@ class Source:
 
     def files(self) -> Iterator[Candidate]:
         if self.kind == "folder":
-            return (Candidate(name, os.path.join(self.path, os.fsdecode(name))) for name, _ in self._walk())
+            return self._walk()
         if self.kind == "zip":
             return self._zip_members()
         return self._tar_members()
 
     def _listing(self) -> Iterable[tuple[bytes, int]]:
         if self.kind == "folder":
-            return self._walk()
+            return ((c.name, os.stat(c.path).st_size if c.problem is None else 0) for c in self._walk())
         if self.kind in ("tar", "zip"):
             return ((c.name, c.size) for c in self.files())
         return [(os.fsencode(self.path.name), self.path.stat().st_size)]
 
-    def _walk(self) -> Iterator[tuple[bytes, int]]:
-        """(name, size) of the files below a folder, links followed, archives left to be sources of their own."""
+    def _walk(self) -> Iterator[Candidate]:
+        """The files below a folder, without the archives, which are sources of their own."""
         if self.only is not None:
-            yield self.only, os.stat(os.path.join(os.fsencode(self.path), self.only)).st_size
+            yield Candidate(self.only, os.path.join(self.path, os.fsdecode(self.only)))
             return
         for path, relative in walk(self.path, self.exclude):
             if opened_kind(path) is None:
-                try:
-                    size = os.stat(path).st_size
-                except OSError:  # a dangling link; reading it will say so
-                    size = 0
-                yield os.fsencode(relative), size
+                problem = None if os.path.isfile(path) else "a dangling link or not a regular file"
+                yield Candidate(os.fsencode(relative), path, problem=problem)
 
     def _tar_members(self) -> Iterator[Candidate]:
         path = self.spooled or self.path
@@ -206,12 +200,6 @@ class Source:
 
             yield from tagged(found(), text)
 
-    def _groups(self) -> int:
-        return self._parquet().metadata.num_row_groups
-
-    def _rows_of(self, group: int) -> int:
-        return self._parquet().metadata.row_group(group).num_rows
-
     def _parquet(self):
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -225,32 +213,6 @@ class Source:
         return UserError(f"{self.path} is damaged ({what}): fetch it again, or leave it out")
 
 
-def walk(root: Path, exclude: Path | None = None) -> Iterator[tuple[str, str]]:
-    """(path, relative path) of every file below `root` in one fixed order; links are followed, loops are not."""
-    seen: set[tuple[int, int]] = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen or (exclude and os.path.realpath(folder) == str(exclude)):
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders.sort()
-        for name in sorted(files):
-            path = os.path.join(folder, name)
-            yield path, os.path.relpath(path, root)
-
-
-def opened_kind(path: str) -> str | None:
-    """What kind of source a file inside a folder is opened as, None for the plain files of the folder."""
-    if not path.lower().endswith(ARCHIVES):
-        return None
-    try:
-        kind = _kind_of_file(Path(path))
-    except OSError:
-        return None
-    return None if kind == "parquet" and image_column(Path(path)) is None else kind
-
-
 def normal(name: bytes) -> bytes:
     """A member's name without what does not distinguish it: leading ./ and doubled slashes."""
     return b"/".join(part for part in name.split(b"/") if part not in (b"", b"."))
@@ -262,12 +224,12 @@ def tagged(found: Iterable[Candidate], text: Callable[[Candidate], bytes]) -> It
     key, extensions = b"", set()
 
     def close() -> Iterator[Candidate]:
-        labels = [c for c in group if c.problem is None and c.name.endswith(b".cls")]
-        tag = text(labels[0]).decode("utf-8", "replace").strip() if labels else None
-        others = [c for c in group if c not in labels]
-        yield from (c._replace(tag=tag) for c in others)
-        if not others:
-            yield from labels
+        label = next((c for c in group if c.problem is None and c.name == key + b".cls"), None)
+        if label is None or len(group) == 1:
+            yield from group
+            return
+        tag = text(label).decode("utf-8", "replace").strip()
+        yield from (c._replace(tag=tag) for c in group if c is not label)
 
     for candidate in found:
         folder, slash, base = candidate.name.rpartition(b"/")
@@ -306,7 +268,7 @@ def find_sources(inputs: Iterable[str | Path], out: Path) -> list[Source]:
 
 def _expand(path: Path, out: Path) -> Iterator[Source]:
     if not path.is_dir():
-        kind = _kind_of_file(path)
+        kind = kind_of_file(path)
         if kind == "parquet" and image_column(path) is None:
             raise UserError(f"{path} has no column of image bytes: name another file")
         if kind:
@@ -337,51 +299,3 @@ def _corpus_classes(path: Path) -> Any:
         return manifest["classes"] if manifest["kind"] == "selfsight-corpus" else False
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def _kind_of_file(path: Path) -> str | None:
-    """By content, since names lie; None for what is no container."""
-    with open(path, "rb") as f:
-        head = f.read(512)
-    if head[:4] == b"PAR1":
-        return "parquet"
-    if head[:4] in (b"PK\3\4", b"PK\5\6"):
-        return "zip"
-    if head[257:262] == b"ustar":
-        return "tar"
-    name = path.name.lower()
-    if head[:2] == b"\x1f\x8b" or head[:3] == b"BZh" or head[:6] == b"\xfd7zXZ\0":
-        return "compressed tar" if name.endswith(tuple(COMPRESSED)) else None
-    return "tar" if name.endswith(".tar") else None
-
-
-def image_column(path: Path) -> tuple[str, bool, str | None, list[str] | None] | None:
-    """(image column, whether it is struct{bytes, path}, label column, class names) of a Parquet file, None without images."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    schema = pq.read_schema(path)
-    found: list[tuple[str, bool]] = []
-    for f in schema:
-        if pa.types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0:
-            found.append((f.name, True))
-        elif pa.types.is_binary(f.type) or pa.types.is_large_binary(f.type):
-            found.append((f.name, False))
-    if not found:
-        return None
-    rank = {name: i for i, name in enumerate(IMAGE_COLUMNS)}
-    column, struct = min(found, key=lambda c: (not c[1], rank.get(c[0].lower(), len(rank))))
-    label = next((n for n in LABEL_COLUMNS if n in schema.names and _is_label(schema.field(n).type)), None)
-    names = None
-    try:  # datasets written by Hugging Face carry their class names along
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        names = features[label]["names"] if label else None
-    except (KeyError, TypeError, ValueError):
-        pass
-    return column, struct, label, names
-
-
-def _is_label(kind) -> bool:
-    import pyarrow as pa
-
-    return pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)

@@ -1,4 +1,4 @@
-"""The on-disk corpus: plain USTAR shards, their index, the chunk table and the manifest. Bytes, offsets and checksums; no torch."""
+"""The corpus on disk: plain USTAR shards, index, chunk table, manifest. Bytes, offsets and checksums; no torch."""
 
 from selfsight.shards.corpus import Corpus, Sample
 from selfsight.shards.decode import DecodeError, decode_image

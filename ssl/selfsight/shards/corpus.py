@@ -89,7 +89,10 @@ class Corpus:
         row = self.chunks[chunk]
         shard, at = int(row["shard"]), ordinal - int(row["first"])
         mapped = self._shard(shard)
-        extension, offset, size, label = self._parsed(chunk, mapped)[at]
+        try:
+            extension, offset, size, label = self._parsed(chunk, mapped)[at]
+        except tar.DamagedTar as e:
+            raise tar.DamagedTar(f"{self.path / self.manifest.shards[shard].tar}: {e.what}", e.offset) from None
         return Sample(ordinal, key_of(ordinal), mapped[offset : offset + size], extension, label)
 
     def labels(self) -> np.ndarray | None:
@@ -99,7 +102,7 @@ class Corpus:
         return self.index(["label"])["label"].to_numpy().astype(np.int64)
 
     def index(self, columns: list[str] | None = None) -> "pa.Table":
-        """The index, one row per sample in the order of ordinals. Raises UserError where a file is missing or damaged."""
+        """The index, one row per sample, by ordinal. Raises UserError where a file of it is missing or damaged."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -167,7 +170,7 @@ class Corpus:
 
 
 def parse_chunk(shard: mmap.mmap | bytes, row: np.void) -> list[tuple[str, int, int, int | None]]:
-    """(extension, data offset, size, label) for each sample of one chunk; raises DamagedTar where keys or headers disagree."""
+    """(extension, data offset, size, label) of each sample of a chunk. Raises DamagedTar where keys or headers disagree."""
     offset = int(row["byte_start"])
     end, first, count = offset + int(row["byte_len"]), int(row["first"]), int(row["n"])
     samples: list[tuple[str, int, int, int | None]] = []

@@ -1,6 +1,6 @@
 """Image bytes → 8-bit RGB, one rule for every reader of a corpus: first frame, upright, alpha on white, 16 bit scaled.
 
-What Pillow would rather crash or guess on ends in one exception type, `DecodeError`, with a reason short enough for a list.
+What Pillow would crash or guess on ends in one exception type, `DecodeError`, with a reason short enough for a list.
 """
 
 from io import BytesIO
@@ -105,7 +105,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def _deep_to_grey(image: Image.Image) -> Image.Image:
     """16-bit, 32-bit and float images: Pillow's own conversion would clip them at 255."""
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0, neginf=0.0)
+    values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0.0, neginf=0.0)
     low, high = values.min(), values.max()
     if image.mode.startswith("I") and low >= 0 and high <= 65535:
         low, high = 0.0, 65535.0

@@ -114,7 +114,7 @@ class Manifest:
 
 
 def merkle_root(shards: list[Shard]) -> str:
-    """SHA-256 Merkle root over (shard digest, count), in shard order; leaves and nodes are hashed in separate domains."""
+    """SHA-256 Merkle root over (shard digest, count), in shard order; leaves and nodes have domains of their own."""
     level = [hashlib.sha256(b"\0" + bytes.fromhex(s.sha256) + s.count.to_bytes(8, "big")).digest() for s in shards]
     if not level:
         return hashlib.sha256(b"").hexdigest()

@@ -73,10 +73,9 @@ def parse(block: bytes, offset: int) -> Member:
         raise DamagedTar("the file ends inside a header", offset)
     stored = _number(block[148:156], offset)
     total = checksum(block)
-    if stored != total:
-        # Some historic writers summed signed bytes.
-        if stored != total - 256 * sum(b > 127 for b in block[:148] + block[156:]):
-            raise DamagedTar("bad header checksum", offset)
+    # Some historic writers summed signed bytes.
+    if stored != total and stored != total - 256 * sum(b > 127 for b in block[:148] + block[156:]):
+        raise DamagedTar("bad header checksum", offset)
     name = block[:100].split(b"\0", 1)[0]
     if block[257:263] == b"ustar\0":
         prefix = block[345:500].split(b"\0", 1)[0]

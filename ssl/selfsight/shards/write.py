@@ -1,4 +1,4 @@
-"""One shard, written: members KEY.EXT and, for a labelled sample, KEY.cls; chunk rows and the digest come out at the end."""
+"""One shard, written: members KEY.EXT and, for a labelled sample, KEY.cls; at the end come digest and chunk rows."""
 
 import hashlib
 from typing import IO

@@ -4,7 +4,7 @@ index, chunks and counts against the manifest. Each fault is named with the file
 
 import hashlib
 import mmap
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,16 @@ import google_crc32c
 import numpy as np
 
 from selfsight.console import progress
+from selfsight.corpus.pool import available_cores, each
 from selfsight.shards import tar
 from selfsight.shards.corpus import CHUNK_DTYPE, CHUNKS_NAME, LABEL_EXTENSION, REJECTED_NAME, key_of
 from selfsight.shards.decode import EXTENSIONS
 from selfsight.shards.index import schema
+from selfsight.shards.manifest import NAME as MANIFEST_NAME
 from selfsight.shards.manifest import Manifest, Shard
 
 BLOCK_BYTES = 16 << 20
+ALTERED = "is missing or not the file that was built"
 
 
 @dataclass(frozen=True)
@@ -31,35 +34,56 @@ class Fault:
         return f"{self.file}: {self.what}"
 
 
-def verify(folder: str | Path) -> list[Fault]:
+@dataclass(frozen=True)
+class ShardTask:
+    root: Path
+    shard: Shard
+    chunks: np.ndarray | None  # its rows of the chunk table, None where that is not to be trusted
+    n_classes: int | None
+
+
+def verify(folder: str | Path, *, workers: int | None = None) -> list[Fault]:
     """All faults of the corpus, an empty list for a sound one. Raises UserError where there is no corpus to verify."""
     root = Path(folder)
     manifest = Manifest.load(root)
     faults: list[Fault] = []
     chunks = _chunks(root, manifest, faults)
     if _digest(root / REJECTED_NAME) != manifest.rejected_sha256:
-        faults.append(Fault(REJECTED_NAME, "is missing or not the file that was built"))
+        faults.append(Fault(REJECTED_NAME, ALTERED))
     known = {s.tar for s in manifest.shards} | {s.index for s in manifest.shards}
     for path in sorted((*root.glob("shards/*"), *root.glob("index/*"))):
         if (name := path.relative_to(root).as_posix()) not in known:
             faults.append(Fault(name, "is not in the manifest"))
-    total = 0
+    n_classes = None if manifest.classes is None else len(manifest.classes)
+    tasks = (
+        ShardTask(root, s, None if chunks is None else chunks[chunks["shard"] == s.number], n_classes)
+        for s in manifest.shards
+    )
+    workers = min(workers or available_cores(), len(manifest.shards))
+    image_bytes, found = 0, {}
     with progress("verify", manifest.n) as bar:
-        for shard in manifest.shards:
-            rows = _index(root, shard, faults)
-            own = None if chunks is None else chunks[chunks["shard"] == shard.number]
-            faults.extend(Fault(shard.tar, what) for what in _shard_faults(root, shard, rows, own, manifest.classes))
-            total += sum(r["size"] for r in rows) if rows else 0
-            bar.advance(shard.count, faults=len(faults))
-    if not faults and total != manifest.image_bytes:
-        faults.append(Fault("manifest.json", f"says {manifest.image_bytes} image bytes, the index {total}"))
+        for shard, own, size in each(verify_shard, tasks, workers):
+            found[shard.number] = own
+            image_bytes += size
+            bar.advance(shard.count, faults=sum(map(len, found.values())))
+    faults += [fault for number in sorted(found) for fault in found[number]]
+    if not faults and image_bytes != manifest.image_bytes:
+        faults.append(Fault(MANIFEST_NAME, f"says {manifest.image_bytes} image bytes, the index {image_bytes}"))
     return faults
+
+
+def verify_shard(task: ShardTask) -> tuple[Shard, list[Fault], int]:
+    """One shard with its index: (shard, faults, image bytes that the index counts)."""
+    faults: list[Fault] = []
+    rows = _index(task.root, task.shard, faults)
+    faults += [Fault(task.shard.tar, what) for what in _tar_faults(task, rows)]
+    return task.shard, faults, sum(r["size"] for r in rows or ())
 
 
 def _chunks(root: Path, manifest: Manifest, faults: list[Fault]) -> np.ndarray | None:
     """The chunk table, where it is that of the manifest and covers the samples without a gap."""
     if _digest(root / CHUNKS_NAME) != manifest.chunks_sha256:
-        faults.append(Fault(CHUNKS_NAME, "is missing or not the file that was built"))
+        faults.append(Fault(CHUNKS_NAME, ALTERED))
     try:
         chunks = np.load(root / CHUNKS_NAME, allow_pickle=False)
     except (OSError, ValueError, EOFError):
@@ -67,23 +91,19 @@ def _chunks(root: Path, manifest: Manifest, faults: list[Fault]) -> np.ndarray |
     if chunks.dtype != CHUNK_DTYPE or chunks.ndim != 1:
         faults.append(Fault(CHUNKS_NAME, "is not a chunk table"))
         return None
-    counts = chunks["n"].astype(np.int64)
-    if (
-        len(chunks) != manifest.chunks
-        or (chunks["first"] != np.cumsum(counts) - counts).any()
-        or counts.sum() != manifest.n
-    ):
+    n = chunks["n"].astype(np.int64)
+    if len(chunks) != manifest.chunks or (chunks["first"] != np.cumsum(n) - n).any() or n.sum() != manifest.n:
         faults.append(Fault(CHUNKS_NAME, "does not cover the samples one after the other"))
     return chunks
 
 
 def _index(root: Path, shard: Shard, faults: list[Fault]) -> list[dict[str, Any]] | None:
-    """The index rows of one shard; faults and None where they cannot be trusted to say where samples lie."""
+    """The index rows of one shard; faults and None where they cannot say where samples lie."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     if _digest(root / shard.index) != shard.index_sha256:
-        faults.append(Fault(shard.index, "is missing or not the file that was built"))
+        faults.append(Fault(shard.index, ALTERED))
     try:
         table = pq.ParquetFile(root / shard.index).read()
     except (OSError, pa.ArrowException):
@@ -94,12 +114,9 @@ def _index(root: Path, shard: Shard, faults: list[Fault]) -> list[dict[str, Any]
     return table.to_pylist()
 
 
-def _shard_faults(
-    root: Path, shard: Shard, rows: list[dict[str, Any]] | None, chunks: np.ndarray | None, classes: list[str] | None
-) -> Iterator[str]:
-    path = root / shard.tar
+def _tar_faults(task: ShardTask, rows: list[dict[str, Any]] | None) -> Iterator[str]:
+    shard, path = task.shard, task.root / task.shard.tar
     try:
-        length = path.stat().st_size
         digest = _digest(path)
     except OSError as e:
         yield f"cannot be read ({e.strerror})"
@@ -107,6 +124,7 @@ def _shard_faults(
     if digest is None:
         yield "is missing"
         return
+    length = path.stat().st_size
     if length != shard.bytes:
         yield f"is {length} bytes long instead of {shard.bytes}"
     if digest != shard.sha256:
@@ -118,36 +136,31 @@ def _shard_faults(
         starts: list[int] = []
         for at in range(shard.count):
             starts.append(end)
-            row = rows[at] if rows else None
             try:
-                end = yield from _sample_faults(data, end, shard.first + at, row, classes)
+                end = yield from _sample_faults(data, end, shard.first + at, rows[at] if rows else None, task.n_classes)
             except tar.DamagedTar as e:
                 yield f"sample {key_of(shard.first + at)}: {e}"
                 if rows is None:
                     return  # nothing says where the next sample begins
-                following = rows[at + 1]["member_offset"] if at + 1 < len(rows) else shard.bytes - len(tar.END)
+                last = at + 1 == shard.count
+                following = shard.bytes - len(tar.END) if last else rows[at + 1]["member_offset"]
                 if not end < following <= length:
                     return
                 end = following
         if data[end:] != tar.END:
-            yield f"does not end with its two empty blocks at byte {end}"
-        if chunks is not None:
-            yield from _chunk_faults(chunks, starts, shard, end)
+            yield f"does not end with two empty blocks at byte {end}"
+        if task.chunks is not None:
+            yield from _chunk_faults(task.chunks, starts, shard, end)
 
 
 def _sample_faults(
-    data: mmap.mmap, offset: int, ordinal: int, row: dict[str, Any] | None, classes: list[str] | None
-) -> Iterator[Any]:
+    data: mmap.mmap, offset: int, ordinal: int, row: dict[str, Any] | None, n_classes: int | None
+) -> Generator[str, None, int]:
     """Faults of the sample whose header is at `offset`; returns where the next one begins. Raises DamagedTar."""
     key = key_of(ordinal)
-    member = tar.parse(data[offset : offset + tar.BLOCK], offset)
-    if member.end > len(data):
-        raise tar.DamagedTar("the file ends inside a member", offset)
-    name = member.name.decode("ascii", "replace")
-    if not name.startswith(f"{key}.") or name != f"{key}.{name.partition('.')[2]}":
-        yield f"sample {key}: its member is called {name}"
-    if data[offset : offset + tar.BLOCK] != tar.header(f"{key}.{name.partition('.')[2]}"[:100], member.size):
-        yield f"sample {key}: its header is not the one that was written"
+    member, extension = _member(data, offset, key)
+    if extension not in EXTENSIONS.values():
+        yield f"sample {key}: {extension!r} is no image extension"
     body = data[member.data_offset : member.data_offset + member.size]
     if row is not None:
         expected = {
@@ -159,25 +172,40 @@ def _sample_faults(
             "crc32c": google_crc32c.value(body),
             "sha256": hashlib.sha256(body).digest(),
         }
-        wrong = [k for k, v in expected.items() if row[k] != v]
-        if name.partition(".")[2] != EXTENSIONS.get(row["format"]):
+        wrong = [name for name, value in expected.items() if row[name] != value]
+        if extension != EXTENSIONS.get(row["format"]):
             wrong.append("format")
         if wrong:
             yield f"sample {key} ({row['source']}): {', '.join(wrong)} not as in the index"
-    if any(data[member.data_offset + member.size : member.end]):
-        yield f"sample {key}: bytes where there should be padding"
     label = row["label"] if row is not None else None
-    if classes is None:
+    if n_classes is None:
         if label is not None:
-            yield f"sample {key}: a label in an unlabelled corpus"
+            yield f"sample {key}: a label in the index of an unlabelled corpus"
         return member.end
-    written = tar.parse(data[member.end : member.end + tar.BLOCK], member.end)
+    written, extension = _member(data, member.end, key)
     text = data[written.data_offset : written.data_offset + written.size]
-    if written.name != f"{key}.{LABEL_EXTENSION}".encode() or not text.isdigit() or int(text) >= len(classes):
-        raise tar.DamagedTar("no label where one belongs", member.end)
-    if row is not None and int(text) != label:
+    if extension != LABEL_EXTENSION or not text.isdigit() or int(text) >= n_classes:
+        yield f"sample {key}: no label where one belongs, at byte {member.end}"
+    elif row is not None and int(text) != label:
         yield f"sample {key}: label {int(text)} in the shard, {label} in the index"
     return written.end
+
+
+def _member(data: mmap.mmap, offset: int, key: str) -> tuple[tar.Member, str]:
+    """The member KEY.EXT at `offset`, to the last bit what was written, and its extension. Raises DamagedTar."""
+    block = data[offset : offset + tar.BLOCK]
+    member = tar.parse(block, offset)
+    if member.end > len(data):
+        raise tar.DamagedTar("the file ends inside a member", offset)
+    name = member.name.decode("ascii", "replace")
+    found, _, extension = name.partition(".")
+    if found != key or not extension.isascii():
+        raise tar.DamagedTar(f"a member called {name!r}", offset)
+    if block != tar.header(name, member.size):
+        raise tar.DamagedTar("a header that is not as it was written", offset)
+    if any(data[member.data_offset + member.size : member.end]):
+        raise tar.DamagedTar("bytes where there should be padding", member.data_offset + member.size)
+    return member, extension
 
 
 def _chunk_faults(chunks: np.ndarray, starts: list[int], shard: Shard, end: int) -> Iterator[str]:
