@@ -153,3 +153,18 @@ def test_they_are_found_by_name(tmp_path, monkeypatch):
         find("theirs.mine_b")
     with pytest.raises(UserError, match="cannot be imported"):
         find("theirs.mine_c")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_equals_cpu_and_itself(harness, name):
+    on_cpu, on_gpu, again = (harness.small(name) for _ in range(3))
+    batch = harness.make_batch(on_cpu, 4)
+    expected = on_cpu(batch, harness.START).loss.detach()
+    gradients = []
+    for objective in (on_gpu.cuda(), again.cuda()):
+        loss = objective({k: x.cuda() for k, x in batch.items()}, harness.START).loss
+        torch.testing.assert_close(loss.detach().cpu(), expected, atol=0, rtol=1e-2)  # convolutions may be in TF32
+        loss.backward()
+        gradients.append(harness.gradients(objective))
+    assert_same(*gradients)

@@ -97,6 +97,17 @@ def test_teacher_starts_as_the_student_and_stands_outside_the_graph():
     assert drops == pytest.approx([0.3, 0.3])  # of the student's second block alone
 
 
+def test_initialisation_is_the_official_one():
+    torch.manual_seed(0)
+    dino = DINO(small(), ENCODER)
+    vit, head = dino.student.vit, dino.student_head
+    for weight in (vit.cls_token, vit.pos_embed, vit.blocks[0].mlp.fc1.weight, head.mlp[0].weight):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.2)
+    assert not head.mlp[0].bias.any()
+    assert (head.last_layer.weight_g == 1).all()
+    assert head.last_layer.weight_v.abs().max() <= 32**-0.5  # torch's own for a linear layer of 32 inputs
+
+
 def test_momentum_follows_the_official_cosine():
     dino = DINO(small(momentum_teacher=0.9), ENCODER)
     actual = [dino.teacher_momentum(Progress(i, 1, 5)) for i in range(5)]
