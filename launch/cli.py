@@ -33,8 +33,19 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    top = parser()
+    args, rest = top.parse_known_args(argv)
+    # argparse does not look for `key=value` again once an option came between: `pretrain CONFIG --print seed=1`.
+    if rest and hasattr(args, "overrides") and all("=" in r and not r.startswith("-") for r in rest):
+        args.overrides += rest
+    elif rest:
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
+
+
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    args = parse(argv)
     try:
         return args.run(args)
     except BrokenPipeError:  # the reader of our output left, as `head` does

@@ -27,7 +27,6 @@ def load(source: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
 def check(recipe: Recipe) -> None:
     """Raises UserError for values that no hardware and no corpus can make right."""
     training = recipe.training
-    schedules.check(recipe.optimizer, recipe.epochs)
     if training.zero not in (0, 1):
         raise UserError(f"training.zero is {training.zero}: choose 0 or 1")
     if training.precision not in (None, "fp32", "bf16"):
@@ -36,6 +35,7 @@ def check(recipe: Recipe) -> None:
         raise UserError("optimizer.betas needs two numbers, such as [0.9, 0.999]")
     if recipe.epochs <= 0:
         raise UserError(f"epochs is {recipe.epochs:g}: give a positive number")
+    schedules.check(recipe.optimizer, recipe.epochs)
     for key in (
         "batch_size",
         "training.accumulation",

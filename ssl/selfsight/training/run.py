@@ -173,11 +173,11 @@ class _Run:
 
     def _announce(self) -> None:
         recipe, ranks = self.recipe, self.cluster.world_size
-        kind = "GPU" if self.cluster.device.type == "cuda" else "CPU process"
+        one, several = ("GPU", "GPUs") if self.cluster.device.type == "cuda" else ("CPU process", "CPU processes")
         begin = f"continues from step {self.start}" if self.start else "starts"
         say(
             f"{self.path} {begin}: {recipe.objective_name} with {recipe.encoder.name} on {self.corpus.n} images, "
-            f"{self.total_steps} steps of {recipe.batch_size}, {ranks} {kind}{'s' if ranks > 1 else ''}, "
+            f"{self.total_steps} steps of {recipe.batch_size}, {ranks} {several if ranks > 1 else one}, "
             f"ZeRO-{recipe.training.zero}, {recipe.training.precision}"
         )
 

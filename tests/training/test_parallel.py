@@ -1,0 +1,74 @@
+"""Several processes, several micro-batches: the same training as one process with one batch."""
+
+import json
+
+import pytest
+import torch
+
+from selfsight.training import cluster
+from selfsight.training.interrupts import Interrupts
+
+PLAIN = "encoder.drop_path_rate=0.0"  # which images lose a block depends on how the batch is split
+
+
+def assert_same_training(a, b, steps: int, lr: float = 1e-3) -> None:
+    (records_a, weights_a), (records_b, weights_b) = a, b
+    assert len(records_a) == len(records_b) == steps
+    for x, y in zip(records_a, records_b, strict=True):
+        assert x.keys() == y.keys()
+        for key in ("loss", "grad_norm", "teacher_entropy", "feature_spread"):
+            assert x[key] == pytest.approx(y[key], rel=2e-4), f"{key} at step {x['step']}"
+    for name, weight in weights_a.items():
+        # AdamW makes steps of up to lr of the rounding noise in a key bias, whose true gradient is zero.
+        tolerance = 2 * lr * steps if name.endswith("qkv.bias") else 1e-4
+        torch.testing.assert_close(weights_b[name], weight, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_micro_batches_are_one_batch(selfsight, command, read, tmp_path):
+    assert selfsight(command("one", PLAIN)) == 0
+    assert selfsight(command("four", PLAIN, "training.accumulation=4")) == 0
+    assert_same_training(read(tmp_path / "one"), read(tmp_path / "four"), 12)
+
+
+# Several commands of one launch, since starting ranks is what takes the time.
+COMMANDS = """
+import json, sys
+from launch.cli import main
+sys.exit(0 if [main(arguments) for arguments in json.loads(sys.argv[1])] == [2, 0, 0] else 1)
+"""
+
+
+def test_two_processes_are_one_and_continue_what_one_began(selfsight, command, torchrun, read, tmp_path, monkeypatch):
+    sharded, whole = [PLAIN, "training.zero=1"], [PLAIN, "training.zero=0"]
+    with monkeypatch.context() as patch:
+        asked = iter(range(1, 100))
+        patch.setattr(Interrupts, "asked_to_stop", lambda self: next(asked) >= 5)
+        assert selfsight(command("mixed", *whole)) == 85
+    script = tmp_path / "commands.py"
+    script.write_text(COMMANDS)
+    mistake = command("odd", "batch_size=9", "stream.lanes=3")
+    child = torchrun(2, [str(script), json.dumps([mistake, command("two", *sharded), command("mixed", *whole)])])
+    out, err = child.communicate(timeout=300)
+    assert child.returncode == 0, err
+    assert err.count("selfsight: batch_size 9 is no multiple of 2 processes") == 1
+    assert out.split() == [str(tmp_path / "two"), str(tmp_path / "mixed")]  # each said once
+    assert "2 CPU processes, ZeRO-1" in err
+    assert "mixed continues from step 5" in err
+    assert selfsight(command("one", PLAIN)) == 0
+    assert_same_training(read(tmp_path / "one"), read(tmp_path / "two"), 12)
+    assert_same_training(read(tmp_path / "one"), read(tmp_path / "mixed"), 12)
+
+
+def test_ranks_are_read_from_torchrun_and_from_srun():
+    assert cluster.ranks({}) == {}
+    assert cluster.ranks({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}) == {}
+    ours = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    assert cluster.ranks({**ours, "SLURM_STEP_NUM_TASKS": "4"}) == ours
+    step = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
+    assert cluster.ranks({**step, "SLURM_JOB_ID": "12345678", "MASTER_ADDR": "n1"}) == {
+        "RANK": "3",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "n1",
+        "MASTER_PORT": "25678",
+    }

@@ -1,0 +1,84 @@
+"""The recipes under configs/: each loads, names a whole run, and builds; and no key of any schema is dead."""
+
+import ast
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from selfsight import objectives, recipe
+from selfsight.errors import UserError
+from selfsight.recipe import configs_dir
+from selfsight.training import resolve
+
+RECIPES = sorted(p.relative_to(configs_dir()).with_suffix("").as_posix() for p in configs_dir().rglob("*.yaml"))
+ROOT = Path(recipe.__file__).parents[2]
+
+
+def leaves(node: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in node.items():
+        flat |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_key_of_a_recipe_lands_where_it_says(name):
+    loaded = resolve.load(name)
+    resolve.check(loaded)
+    given = leaves(yaml.safe_load((configs_dir() / f"{name}.yaml").read_text()))
+    found = leaves(loaded.to_dict())
+    assert {k: found.get(k) for k in given} == given
+    assert objectives.find(loaded.objective_name).__module__.rsplit(".", 1)[1] == name.split("/")[0] or "/" not in name
+    key = next(iter(given))
+    with pytest.raises(UserError, match="unknown recipe key"):
+        resolve.load(name, [f"{key}_=1"])
+
+
+@pytest.mark.parametrize("name", [n for n in RECIPES if "large" not in n])
+def test_the_objective_of_a_recipe_can_be_built(name):
+    """Its sizes fit together: crops, patches, heads. On the meta device, where weights take no room."""
+    import torch
+
+    loaded = resolve.load(name)
+    kind = objectives.find(loaded.objective_name)
+    config = kind.Config(**{k: v for k, v in loaded.objective.items() if k != "name"})
+    with torch.device("meta"):
+        spec = kind(config, loaded.encoder).views()
+    assert spec.crops
+
+
+def schemas() -> list[type]:
+    """The recipe's dataclasses and those of the objectives."""
+    own = [c for c in vars(recipe).values() if isinstance(c, type) and is_dataclass(c)]
+    return own + [objectives.find(name).Config for name in objectives.available()]
+
+
+def read_attributes() -> set[str]:
+    """Names read as an attribute anywhere in the packages, and strings, by which dynamic look-ups name a key."""
+    found = set()
+    for folder in ("ssl/selfsight", "launch", "eval_probes"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                    found.add(node.attr)
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
+                    found.add(node.value)
+    return found
+
+
+def unread(schema: type, read: set[str]) -> list[str]:
+    return [f"{schema.__name__}.{f.name}" for f in fields(schema) if f.name not in read]
+
+
+def test_no_key_is_dead():
+    read = read_attributes()
+    assert not [key for schema in schemas() for key in unread(schema, read)]
+
+
+def test_a_dead_key_would_be_found():
+    from dataclasses import make_dataclass
+
+    schema = make_dataclass("Config", [("zero", int), ("saveckp" + "_freq", int)])
+    assert unread(schema, read_attributes()) == ["Config.saveckp_freq"]

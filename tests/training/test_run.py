@@ -1,0 +1,217 @@
+"""A run from the command line: what it leaves behind, how it stops and continues, what it says to mistakes."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+
+from selfsight.shards.corpus import Corpus
+from selfsight.stream.order import auto_lanes
+from selfsight.training import run as loop
+from selfsight.training.engine import Engine
+from selfsight.training.interrupts import Interrupts
+from selfsight.weights.run import checkpoints, exports
+
+STEPS = 12  # 48 images in batches of 8, twice
+
+
+def stop_after(monkeypatch, steps: int) -> None:
+    """As if a signal came in during the step of that number."""
+    asked = iter(range(1, 10**6))
+    monkeypatch.setattr(Interrupts, "asked_to_stop", lambda self: next(asked) >= steps)
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_run_leaves_checkpoints_exports_and_a_log(selfsight, command, read, tmp_path, capsys):
+    assert selfsight(command()) == 0
+    run = tmp_path / "run"
+    assert capsys.readouterr().out.strip() == str(run)
+    assert list(checkpoints(run)) == [9, 12]  # keep: 2
+    assert list(exports(run)) == [0, 3, 6, 9, 12]
+    assert not list((run / "checkpoints").glob(".*"))
+    records, weights = read(run)
+    assert [r["step"] for r in records] == list(range(1, STEPS + 1))
+    assert {"epoch", "loss", "lr", "weight_decay", "momentum", "grad_norm", "feature_spread", "rankme"} <= set(
+        records[0]
+    )
+    assert "teacher_entropy" in records[0]
+    assert any(p.name.startswith("events") for p in (run / "tensorboard").iterdir())
+    assert all(w.dtype == torch.float32 for w in weights.values())
+    state = json.loads((run / "checkpoints/step_00000012/state.json").read_text())
+    assert (state["step"], state["batch_size"], state["world_size"]) == (12, 8, 1)
+
+    # The same command again finds it finished; the corpus may have moved and the log may be kept differently.
+    before = (run / "metrics.jsonl").read_bytes()
+    assert selfsight(command("run", "training.log_every=2", "training.keep=5")) == 0
+    assert "is finished" in capsys.readouterr().err
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+    # What would make it another run is refused, by name.
+    assert selfsight(command("run", "epochs=3", "optimizer.clip=1.0")) == 2
+    said = capsys.readouterr().err
+    assert "epochs was 2.0 and is 3.0" in said
+    assert "optimizer.clip was 0.3 and is 1.0" in said
+    assert selfsight(command(corpus="two")) == 2
+    assert "is from another corpus" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("zero", "accumulation"), [(0, 2), (1, 1)])
+def test_stopping_and_continuing_is_as_never_having_stopped(
+    selfsight, command, read, tmp_path, capsys, monkeypatch, zero, accumulation
+):
+    options = [f"training.zero={zero}", f"training.accumulation={accumulation}"]
+    assert selfsight(command("whole", *options)) == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        assert selfsight(command("parts", *options)) == 85
+        assert "stopped at step 5 of 12" in capsys.readouterr().err
+    assert selfsight(command("parts", *options)) == 0
+    (records, weights), (records_parts, weights_parts) = read(tmp_path / "whole"), read(tmp_path / "parts")
+    assert records == records_parts
+    assert same(weights, weights_parts)
+
+
+def test_kill_minus_nine_at_a_random_step_changes_nothing(selfsight, command, spawn, read, tmp_path):
+    run, at = tmp_path / "killed", random.randint(1, STEPS - 1)
+    child = spawn(command("killed"))
+    log = run / "metrics.jsonl"
+    while child.poll() is None and not (log.exists() and log.read_text().count("\n") >= at):
+        time.sleep(0.002)
+    os.kill(child.pid, signal.SIGKILL)
+    child.communicate()
+    with log.open("a") as file:
+        file.write('{"step": 11, "lo')  # as a kill in the middle of a write leaves it
+    shutil.copytree(run / "exports/step_00000000", run / "checkpoints/.step_00000099")  # and of a checkpoint
+    assert selfsight(command("killed")) == 0
+    assert selfsight(command("whole")) == 0
+    (records, weights), (records_killed, weights_killed) = read(tmp_path / "whole"), read(run)
+    assert records == records_killed, f"killed at step {at}"
+    assert same(weights, weights_killed), f"killed at step {at}"
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+def test_a_signal_ends_the_run_with_a_checkpoint(command, spawn, tmp_path):
+    child = spawn(command("run", "epochs=400", "optimizer.warmup_epochs=10"))
+    log = tmp_path / "run/metrics.jsonl"
+    while child.poll() is None and not (log.exists() and log.stat().st_size):
+        time.sleep(0.01)
+    child.send_signal(signal.SIGUSR1)
+    out, err = child.communicate(timeout=120)
+    assert child.returncode == 85, err
+    assert "on SIGUSR1; a checkpoint is written" in err
+    assert "Traceback" not in err
+    assert not out
+    newest = max(checkpoints(tmp_path / "run"))
+    assert json.loads(log.read_text().splitlines()[-1])["step"] == newest
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["corpus=/nowhere"], "is no corpus"),
+        (["corpus=null"], "needs a corpus and an output"),
+        (["batch_size=49"], "fewer images (48) than a batch (49)"),
+        (["batch_size=0"], "batch_size is 0"),
+        (["training.accumulation=3"], "batch_size 8 is no multiple of"),
+        (["training.zero=3"], "choose 0 or 1"),
+        (["training.precision=fp16"], "choose fp32 or bf16"),
+        (["optimizer.warmup_epochs=3"], "longer than the run"),
+        (["optimizer.warmup=cubic"], "choose dino or mae"),
+        (["epochs=0"], "give a positive number"),
+        (["optimizer.learning_rate=1"], "unknown recipe key optimizer.learning_rate"),
+        (["encoder.name=resnet50"], "resnet50"),
+        (["objective.name=dinosaur"], "no objective is called 'dinosaur'"),
+    ],
+)
+def test_mistakes_end_in_one_line(selfsight, command, capsys, overrides, said):
+    assert selfsight(command("run", *overrides)) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert captured.err.count("\n") == 1
+    assert not captured.out
+
+
+def test_an_output_that_is_something_else_is_left_alone(selfsight, command, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/thesis.tex").write_text("years of work")
+    assert selfsight(command()) == 2
+    assert "exists and is no run" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.tex"]
+
+
+def test_an_unwritable_output_ends_in_one_line(selfsight, command, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert selfsight(command("file/run")) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_full_disk_keeps_the_checkpoints_that_were_there(selfsight, command, tmp_path, capsys, monkeypatch, read):
+    def full(self, folder):
+        if self.engine.global_steps > 3:
+            raise OSError(28, "No space left on device")
+        before(self, folder)
+
+    with monkeypatch.context() as patch:
+        before = Engine.save
+        patch.setattr(Engine, "save", full)
+        assert selfsight(command()) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert list(checkpoints(tmp_path / "run")) == [3]
+    assert selfsight(command()) == 0  # room was made
+    assert [r["step"] for r in read(tmp_path / "run")[0]] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [({"encoder": {"name": "vit_huge"}}, "another encoder"), ({"schema": 99}, "newer selfsight")]
+)
+def test_a_checkpoint_of_something_else_is_refused(selfsight, command, tmp_path, capsys, monkeypatch, change, said):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        assert selfsight(command()) == 85
+    state = tmp_path / "run/checkpoints/step_00000001/state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | change))
+    capsys.readouterr()
+    assert selfsight(command()) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_moves_nothing_and_ends_the_run_after_a_while(
+    selfsight, command, tmp_path, capsys, monkeypatch, read
+):
+    to_device = loop.to_device
+
+    def poisoned(batch, device):
+        batch = to_device(batch, device)
+        if next(step) > 2:
+            batch["global"][:] = float("nan")
+        return batch
+
+    step = iter(range(1, 10**6))
+    monkeypatch.setattr(loop, "to_device", poisoned)
+    assert selfsight(command()) == 1
+    said = capsys.readouterr().err
+    assert "ALARM step 3: the loss is nan; the step was not taken" in said
+    assert "training ended at step 12: 10 steps in a row were not finite" in said
+    events = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in events if "event" in e] == list(range(3, 13))
+    weights = read(tmp_path / "run")[1]  # of step 9, after seven refused steps
+    assert all(w.isfinite().all() for w in weights.values())
+
+
+def test_print_shows_the_recipe_without_a_corpus(selfsight, recipe, corpora, capsys):
+    assert selfsight(["pretrain", str(recipe), "--print", "seed=7"]) == 0
+    out = capsys.readouterr().out
+    assert "seed: 7" in out
+    assert "command line" in out
+    assert "lanes: null" in out
+    assert selfsight(["pretrain", str(recipe), "--print", f"corpus={corpora['one']}"]) == 0
+    lanes = auto_lanes(8, len(Corpus.open(corpora["one"]).chunks))
+    assert f"lanes: {lanes} " in capsys.readouterr().out
