@@ -1,7 +1,8 @@
 """Features of a corpus under frozen weights, extracted once and kept. In: weights and a corpus. Out: `Features`.
 
 Worker processes decode while the encoder runs; each image is read once, in the order of the shards. The literal weights
-"pixels" are the baseline that every encoder has to beat: the picture itself, 32×32, its channels standardised.
+"pixels" are the baseline that every encoder has to beat: the picture itself, 32×32, its channels standardised by the
+corpus's own statistics.
 """
 
 import hashlib
@@ -32,7 +33,9 @@ from selfsight.weights.run import is_run
 
 PIXELS = "pixels"
 PIXELS_SIZE = 32
-PIXELS_DIGEST = hashlib.sha256(b"pixels 32x32, ImageNet channel statistics, version 1").hexdigest()
+PIXELS_DIGEST = hashlib.sha256(
+    b"pixels 32x32, standardised by the channel statistics of the corpus, version 1"
+).hexdigest()
 FEW = 512  # images below which worker processes cost more than they bring
 AHEAD = 2  # batches that each worker decodes ahead
 
@@ -90,6 +93,8 @@ def extract(
     def fill(out: np.ndarray) -> None:
         embed = source.embedder(pooling, place, precision)
         _fill(out, opened, source.transform, embed, batch_size, place, workers)
+        if source.name == PIXELS:
+            _standardise_channels(out)
 
     key = {
         "weights": source.digest,
@@ -187,7 +192,7 @@ class _Source:
     def embedder(self, pooling: Pooling, device: torch.device, precision: str):
         """A function from uint8 images (B, 3, H, W) on `device` to float32 features (B, D)."""
         if self.name == PIXELS:
-            return lambda pixels: self.transform.normalise(pixels).flatten(1)
+            return lambda pixels: pixels.float().div_(255).flatten(1)
         encoder: PretrainedEncoder = load_pretrained(self.name, device=device)
 
         def embed(pixels: Tensor) -> Tensor:
@@ -218,6 +223,18 @@ def _fill(
             done += len(features)
             bar.advance(len(features))
     assert done == corpus.n
+
+
+def _standardise_channels(out: np.ndarray, rows: int = 4096) -> None:
+    """Raw pixels (N, 3·32·32) in place: each colour channel to mean 0 and deviation 1 over the whole corpus."""
+    channels = out.reshape(len(out), 3, -1)
+    blocks = [channels[i : i + rows] for i in range(0, len(out), rows)]
+    count = len(out) * channels.shape[2]
+    mean = sum(b.sum(axis=(0, 2), dtype=np.float64) for b in blocks) / count
+    square = sum(np.square(b - mean[None, :, None]).sum(axis=(0, 2)) for b in blocks) / count
+    scale = 1 / np.sqrt(np.maximum(square, 1e-12))
+    for block in blocks:
+        block[:] = (block - mean[None, :, None]) * scale[None, :, None]
 
 
 def _batches(

@@ -35,7 +35,7 @@ class FeatureStore:
         self.folder = Path(folder) if folder is not None else default_folder()
 
     def get(self, key: dict[str, Any], shape: tuple[int, int], fill: Callable[[np.ndarray], None]) -> np.ndarray:
-        """float32 features of `shape` (N, D), memory-mapped read-only, for the JSON-able `key`.
+        """float32 features of `shape` (N, D), memory-mapped, for the JSON-able `key`.
 
         `fill` writes them into the array it is given, when they are not there yet. Should two processes compute the
         same entry, the first to finish publishes it and the other takes that one.
@@ -82,7 +82,8 @@ class FeatureStore:
 def _read(entry: Path, shape: tuple[int, int]) -> np.ndarray | None:
     """The array of an entry, or None if it is absent or damaged."""
     try:
-        array = np.load(entry / ARRAY, mmap_mode="r", allow_pickle=False)
+        # Copy-on-write: torch wants arrays that it could write to, and the file stays as it is whatever anyone writes.
+        array = np.load(entry / ARRAY, mmap_mode="c", allow_pickle=False)
     except (OSError, ValueError):
         return None
     return array if array.shape == shape and array.dtype == np.float32 else None
