@@ -22,6 +22,7 @@ from selfsight.shards.manifest import NAME as MANIFEST_NAME
 from selfsight.shards.manifest import Manifest, Shard
 
 BLOCK_BYTES = 16 << 20
+INLINE_BYTES = 64 << 20  # below this, starting processes takes longer than the work
 ALTERED = "is missing or not the file that was built"
 
 
@@ -60,6 +61,8 @@ def verify(folder: str | Path, *, workers: int | None = None) -> list[Fault]:
         for s in manifest.shards
     )
     workers = min(workers or available_cores(), len(manifest.shards))
+    if sum(s.bytes for s in manifest.shards) < INLINE_BYTES:
+        workers = 1
     image_bytes, found = 0, {}
     with progress("verify", manifest.n) as bar:
         for shard, own, size in each(verify_shard, tasks, workers):

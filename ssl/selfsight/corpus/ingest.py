@@ -226,7 +226,7 @@ def _write(sources: list[Source], ledger: Ledger, out: Path, recipe: dict[str, A
         rejected_reasons=ledger.reasons(),
         recipe=recipe,
         recipe_digest=digest,
-        notes=[how],
+        notes=[how, *(remark for source in sources for remark in source.remarks())],
     ).save(out)
 
 

@@ -47,7 +47,7 @@ class Image(NamedTuple):
     row: int  # of the unit
     folder: bytes
     tag: str | None
-    path: str
+    path: bytes
     offset: int
     size: int  # bytes of the image file
     whole: int  # 1: `path` is the image file itself
@@ -179,8 +179,8 @@ class Scanner:
         order = hashlib.sha256(b"%d\0" % self.seed + digest + candidate.name).digest()[:16]
         scan.images.append(
             Image(
-                order, candidate.name, unit.source, unit.number, row, folder, candidate.tag, path, offset, len(data),
-                int(whole), digest, google_crc32c.value(data), width, height, str(image.format), mode, _frames(image),
+                order, candidate.name, unit.source, unit.number, row, folder, candidate.tag, os.fsencode(path), offset,
+                len(data), int(whole), digest, google_crc32c.value(data), width, height, str(image.format), mode, _frames(image),
                 int(progressive), turned,
             )
         )  # fmt: skip
@@ -191,7 +191,7 @@ class Files:
     """Reads ranges of files, keeping the last archive open."""
 
     def __init__(self) -> None:
-        self._path, self._file = "", None
+        self._path, self._file = None, None
 
     def __enter__(self) -> "Files":
         return self
@@ -200,7 +200,7 @@ class Files:
         if self._file:
             self._file.close()
 
-    def read(self, path: str, offset: int, n: int, size: int) -> bytes:
+    def read(self, path: str | bytes, offset: int, n: int, size: int) -> bytes:
         """`n` bytes at `offset` (-1: all); `size` -1 says that `path` is a file of its own, not worth keeping open."""
         if size < 0:
             with open(path, "rb") as f:

@@ -90,6 +90,17 @@ class Source:
                 raise self._damaged(str(e)) from None
             raise
 
+    def remarks(self) -> list[str]:
+        """What is odd about this source but no reason to refuse it."""
+        if self.kind not in ("tar", "compressed tar"):
+            return []
+        with open(self.spooled or self.path, "rb") as f:
+            f.seek(-min(tar.BLOCK, f.seek(0, os.SEEK_END)), os.SEEK_END)
+            ended = not f.read().strip(b"\0")
+        return (
+            [] if ended else [f"{self.name} has no end mark: if it was cut off, the images behind the cut are missing"]
+        )
+
     def count(self) -> int:
         """How many files (table rows) there are to look at."""
         return self._parquet().metadata.num_rows if self.kind == "parquet" else sum(1 for _ in self.files())

@@ -98,7 +98,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
             image = Image.alpha_composite(white, layers)
         if image.mode != "RGB":
             image = image.convert("RGB")
-        return image.transpose(turn) if turn else image
+        return image if turn is None else image.transpose(turn)
     except Exception as e:
         raise DecodeError(_reason(e)) from None
 

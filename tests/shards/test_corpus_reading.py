@@ -1,0 +1,134 @@
+"""Random access: any ordinal from any process gives the sample that was written; damage never passes for data."""
+
+import json
+import pickle
+import threading
+
+import numpy as np
+import pytest
+
+from selfsight.errors import UserError
+from selfsight.shards import Corpus, DamagedTar
+from selfsight.shards.corpus import CHUNK_DTYPE
+from selfsight.shards.index import write_index
+from selfsight.shards.manifest import Manifest, Shard, merkle_root
+from selfsight.shards.write import ShardWriter
+
+N, PER_SHARD = 23, 9
+
+
+def content(ordinal: int) -> bytes:
+    return np.random.default_rng(ordinal).bytes(ordinal * 97)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three shards of payloads that need not be images: this layer knows bytes only."""
+    root, shards, tables = tmp_path / "corpus", [], []
+    for name in ("shards", "index"):
+        (root / name).mkdir(parents=True)
+    for number, first in enumerate(range(0, N, PER_SHARD)):
+        with open(root / f"shards/{number:06d}.tar", "wb") as f:
+            writer, rows = ShardWriter(f, number=number, first=first, chunk_samples=4), []
+            for ordinal in range(first, min(first + PER_SHARD, N)):
+                member, data = writer.add(content(ordinal), "png", ordinal % 3)
+                rows.append({"sample": ordinal, "member_offset": member, "data_offset": data, "label": ordinal % 3})
+            size, digest, table = writer.finish()
+        write_index(root / f"index/{number:06d}.parquet", rows)
+        shards.append(Shard(number, first, len(rows), size, digest, ""))
+        tables.append(table)
+    np.save(root / "chunks.npy", np.concatenate(tables))
+    Manifest(
+        merkle_root(shards), N, 0, shards, sum(map(len, tables)), "", "", ["a", "b", "c"], {}, {}, {}, ""
+    ).save(root)  # fmt: skip
+    return root
+
+
+def same(corpus: Corpus) -> bool:
+    order = np.random.default_rng(1).permutation(N)
+    return all(
+        (s.ordinal, s.key, s.data, s.extension, s.label) == (i, f"{i:012d}", content(i), "png", i % 3)
+        for i in map(int, order)
+        for s in [corpus.sample(i)]
+    )
+
+
+def test_every_sample(folder):
+    corpus = Corpus.open(folder)
+    assert corpus.n == N
+    assert corpus.chunks.dtype == CHUNK_DTYPE
+    assert corpus.chunks["n"].tolist() == [4, 4, 1, 4, 4, 1, 4, 1]
+    assert same(corpus)
+    labels = corpus.labels()
+    assert labels is not None
+    assert labels.dtype == np.int64
+    assert labels.tolist() == [i % 3 for i in range(N)]
+    assert corpus.index(["sample"])["sample"].to_pylist() == list(range(N))
+    for outside in (-1, N):
+        with pytest.raises(IndexError):
+            corpus.sample(outside)
+
+
+def test_pickled_forked_and_threaded(folder):
+    import multiprocessing
+
+    corpus = Corpus.open(folder)
+    corpus.sample(0)
+    assert same(pickle.loads(pickle.dumps(corpus)))
+    for method in ("fork", "spawn"):
+        with multiprocessing.get_context(method).Pool(1) as pool:
+            assert pool.map(corpus.sample, range(N)) == [corpus.sample(i) for i in range(N)]
+    seen = []
+    threads = [threading.Thread(target=lambda: seen.append(same(corpus))) for _ in range(8)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert seen == [True] * 8
+
+
+def test_a_damaged_header_raises_and_names_the_shard(folder):
+    path = folder / "shards/000001.tar"
+    data = bytearray(path.read_bytes())
+    data[130] ^= 1
+    path.write_bytes(data)
+    corpus = Corpus.open(folder)
+    with pytest.raises(DamagedTar, match=r"000001\.tar.*checksum"):
+        corpus.sample(PER_SHARD + 1)
+    assert corpus.sample(0).data == content(0)
+    path.write_bytes(data[:-512])
+    with pytest.raises(DamagedTar, match="long"):
+        Corpus.open(folder).sample(PER_SHARD)
+
+
+def test_no_corpus_and_broken_ones_end_in_one_line(folder, tmp_path):
+    with pytest.raises(UserError, match="no corpus"):
+        Corpus.open(tmp_path / "nowhere")
+    good = json.loads((folder / "manifest.json").read_bytes())
+
+    def refused(change: dict, match: str) -> None:
+        (folder / "manifest.json").write_text(json.dumps({**good, **change}))
+        with pytest.raises(UserError, match=match):
+            Corpus.open(folder)
+
+    refused({"id": "0" * 64}, "id")
+    refused({"n": N + 1}, "hold")
+    refused({"n": "many"}, "malformed")
+    refused({"schema": 99}, "schema")
+    refused({"kind": "else"}, "not the manifest")
+    refused({"surplus": 1}, "unknown")
+    refused({"shards": [{**good["shards"][0], "sha256": "xyz"}], "n": PER_SHARD}, "hexadecimal")
+    (folder / "manifest.json").write_bytes(b"{")
+    with pytest.raises(UserError, match="not JSON"):
+        Corpus.open(folder)
+    (folder / "manifest.json").write_text(json.dumps(good))
+    (folder / "shards/000002.tar").unlink()
+    with pytest.raises(UserError, match=r"000002\.tar"):
+        Corpus.open(folder)
+
+
+def test_the_root_depends_on_every_shard_and_count():
+    shards = [Shard(i, i, 1, 1, f"{i:064x}", "") for i in range(5)]
+    roots = {merkle_root(shards[:k]) for k in range(6)}
+    assert len(roots) == 6
+    assert merkle_root([*shards[:4], Shard(4, 4, 2, 1, f"{4:064x}", "")]) not in roots
