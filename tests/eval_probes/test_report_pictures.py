@@ -27,7 +27,9 @@ def test_no_more_images_than_there_are(labels):
 
 
 def test_patch_maps_are_finer_than_the_training_grid():
-    config = EncoderConfig("vit_tiny_patch16_224", 16, args={"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3})
+    config = EncoderConfig(
+        "vit_tiny_patch16_224", 16, args={"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
+    )
     torch.manual_seed(0)
     encoder = encoders.build(config, drop_path=False).eval()
     images = [Image.effect_mandelbrot((30, 20), (-2, -1.5, 1, 1.5), 60).convert("RGB")] * 2
