@@ -180,7 +180,8 @@ class Scanner:
         scan.images.append(
             Image(
                 order, candidate.name, unit.source, unit.number, row, folder, candidate.tag, os.fsencode(path), offset,
-                len(data), int(whole), digest, google_crc32c.value(data), width, height, str(image.format), mode, _frames(image),
+                len(data), int(whole), digest, google_crc32c.value(data), width, height, str(image.format), mode,
+                _frames(image),
                 int(progressive), turned,
             )
         )  # fmt: skip

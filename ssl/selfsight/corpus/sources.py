@@ -62,6 +62,7 @@ class Source:
     only: bytes | None = None  # a folder of which one file was meant
     exclude: Path | None = None  # the corpus being built may lie inside
     spooled: Path | None = field(default=None, compare=False)
+    listed: int | None = field(default=None, compare=False)  # files that `describe` counted
 
     def describe(self) -> dict[str, Any]:
         """Names and sizes as a digest: two sources that list the same are the same build."""
@@ -69,6 +70,7 @@ class Source:
         for name, size in self._listing():
             digest.update(b"%d %d " % (len(name), size) + name)
             files, total = files + 1, total + size
+        self.listed = files
         return {"name": self.name, "kind": self.kind, "files": files, "bytes": total, "listing": digest.hexdigest()}
 
     def spool(self, folder: Path, number: int) -> None:
@@ -103,7 +105,9 @@ class Source:
 
     def count(self) -> int:
         """How many files (table rows) there are to look at."""
-        return self._parquet().metadata.num_rows if self.kind == "parquet" else sum(1 for _ in self.files())
+        if self.kind == "parquet":
+            return self._parquet().metadata.num_rows
+        return sum(1 for _ in self.files()) if self.listed is None or self.spooled else self.listed
 
     def units(self, number: int, spool: Path) -> Iterator[Unit]:
         """The work of this source, always cut the same way."""

@@ -170,7 +170,7 @@ class Corpus:
 
 
 def parse_chunk(shard: mmap.mmap | bytes, row: np.void) -> list[tuple[str, int, int, int | None]]:
-    """(extension, data offset, size, label) of each sample of a chunk. Raises DamagedTar where keys or headers differ."""
+    """(extension, data offset, size, label) of each sample. Raises DamagedTar where the headers say something else."""
     offset = int(row["byte_start"])
     end, first, count = offset + int(row["byte_len"]), int(row["first"]), int(row["n"])
     samples: list[tuple[str, int, int, int | None]] = []
