@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 
 # One curve's drawing, in the units of its viewBox.
 WIDTH, HEIGHT = 320, 168
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 24
+LEFT, RIGHT, TOP, BOTTOM = 54, 10, 10, 24
 BUCKETS = 240  # a curve of more points is drawn as the mean of each bucket inside its minimum–maximum band
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")

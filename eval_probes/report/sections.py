@@ -17,14 +17,14 @@ from eval_probes.results import Score
 # metric key → (title, unit), in the order of the page. Further numeric metrics follow under their own names.
 CURVES = {
     "loss": ("Loss", ""),
-    "kl": ("KL divergence, teacher to student", "nats"),
+    "kl": ("KL, teacher to student", "nats"),
     "teacher_entropy": ("Teacher entropy", "nats"),
     "feature_spread": ("Feature spread", ""),
     "rankme": ("RankMe, the effective rank", ""),
     "grad_norm": ("Gradient norm", ""),
     "lr": ("Learning rate", ""),
     "weight_decay": ("Weight decay", ""),
-    "momentum": ("EMA momentum of the teacher", ""),
+    "momentum": ("EMA momentum", ""),
     "images_per_second": ("Throughput", "images/s"),
     "data_wait": ("Waiting for images", "of the time"),
 }
@@ -167,8 +167,7 @@ def score_groups(run: RunFolder, scores: Sequence[Score], chance: float | None) 
     """Scores side by side. Of equal measurements the last one holds. `chance` is the accuracy of guessing."""
     latest: dict[tuple[str, ...], dict[tuple[str, str], Score]] = {}
     for score in scores:
-        key = (score.metric, score.protocol, score.protocol_digest, score.train_corpus, score.test_corpus)
-        latest.setdefault(key, {})[score.weights_digest, pooling(score)] = score
+        latest.setdefault(_measured(score), {})[score.weights_digest, pooling(score)] = score
     groups = []
     for (metric, *_), by_weights in sorted(latest.items(), key=lambda item: _order(item[0][0])):
         named = sorted(((*_which(run, s), s) for s in by_weights.values()), key=lambda row: row[0])
@@ -202,6 +201,11 @@ def pooling(score: Score) -> str:
     return " and ".join(parts + ["mean patch token"] * average)
 
 
+def _measured(score: Score) -> tuple[str, ...]:
+    """Scores that agree in this may be compared."""
+    return score.metric, score.protocol, score.protocol_digest, score.train_corpus, score.test_corpus
+
+
 def _protocol(score: Score) -> str:
     details, parts = score.details, [f"Protocol {score.protocol} {score.protocol_digest[:8]}"]
     if "k" in details and "temperature" in details:
@@ -217,14 +221,16 @@ def finding(run: RunFolder, scores: Sequence[Score]) -> str:
     """What the scores say of the trained encoder in one or two sentences; empty where there is nothing to compare."""
     said, apart, ahead = [], True, True
     for metric, subject in (("knn", "k-NN"), ("linear", "a linear probe")):
-        by_kind = {_which(run, s)[2]: s for s in scores if s.metric == metric}  # the last of each kind
+        mine = [s for s in scores if s.metric == metric and _which(run, s)[2] == "trained"]
+        # Only what was measured in the same way and on the same images may be compared; the last of each kind holds.
+        by_kind = {_which(run, s)[2]: s for s in scores if mine and _measured(s) == _measured(mine[-1])}
         trained = by_kind.get("trained")
         others = [(by_kind[k], words) for k, words in OTHERS.items() if k in by_kind]
         if trained is None or not others:
             continue
-        compared = ", ".join(f"{words} {percent(s.value)} %" for s, words in others)
+        compared = ", ".join(f"{words} {percent(s.value)}\u00a0%" for s, words in others)
         of = "" if said else f" of {count(trained.n)} held-out images"
-        said.append(f"{subject} recognises {percent(trained.value)} %{of} ({compared})")
+        said.append(f"{subject} recognises {percent(trained.value)}\u00a0%{of} ({compared})")
         apart = apart and all(trained.low > s.high for s, _ in others)
         ahead = ahead and all(trained.value > s.value for s, _ in others)
     if not said:

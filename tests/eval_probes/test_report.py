@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from selfsight import corpus, encoders
 from selfsight.errors import UserError
 from selfsight.recipe import EncoderConfig, Recipe
 from selfsight.weights import export_encoder
+from selfsight.weights.folder import Export
 
 HOSTILE = "<script>alert(1)</script> & co"
 CONFIG = EncoderConfig(
@@ -223,3 +225,16 @@ def test_failed_report_leaves_the_old_one(home, monkeypatch):
         build_report(home / "run", out=out)
     assert out.read_text() == "the old one"
     assert list(home.glob(".kept*")) == []
+
+
+def test_only_scores_of_one_measurement_are_compared(home):
+    run = make_run(home, "compared", "train")
+    store = ResultsStore(run / "results.sqlite")
+    base = knn.evaluate(extract("pixels", home / "train"), extract("pixels", home / "test"))
+    trained, untrained = (Export.open(run / "exports" / f"step_{s:08d}").digest for s in (40, 0))
+    store.add(replace(base, value=0.9, low=0.8, high=0.95, n=500, weights="t", weights_digest=trained))
+    store.add(replace(base, value=0.5, low=0.4, high=0.6, n=500, weights="u", weights_digest=untrained))
+    store.add(replace(base, value=0.7, low=0.6, high=0.8, n=500, test_corpus="another"))
+    page = Page(build_report(run, out=home / "compared.html").read_text(encoding="utf-8"))
+    words = "On the trained encoder, k-NN recognises 90.0 % of 500 held-out images (untrained 50.0 %). "
+    assert words + "The intervals are apart." in page.words.replace("\xa0", " ")

@@ -2,6 +2,7 @@
 
 import math
 import re
+from itertools import pairwise
 from xml.etree import ElementTree
 
 import pytest
@@ -33,7 +34,7 @@ def test_ticks_cover_the_range_in_equal_round_steps(low, high):
     assert found[0] <= low
     assert found[-1] >= high
     assert 2 <= len(found) <= 8
-    steps = [b - a for a, b in zip(found, found[1:], strict=False)]
+    steps = [b - a for a, b in pairwise(found)]
     assert steps == pytest.approx([steps[0]] * len(steps), rel=1e-6)
 
 
