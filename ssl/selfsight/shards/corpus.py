@@ -7,6 +7,7 @@ forked and shared between threads.
 
 import mmap
 import os
+import sys
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -27,8 +28,11 @@ CHUNKS_NAME = "chunks.npy"
 REJECTED_NAME = "rejected.jsonl"
 KEY_DIGITS = 12
 LABEL_EXTENSION = "cls"
+UNLABELLED = -1
 MAPPED_SHARDS = 64  # address space and file handles, not memory
-PARSED_CHUNKS = 512  # about 256 × 100 bytes each
+# An order has lanes × window chunks in hand, 256 × 16 at its defaults, and every process that reads needs them all:
+# parsing one takes as long as decoding an image, keeping one 6 kB.
+PARSED_CHUNKS = 8192
 
 
 def key_of(ordinal: int) -> str:
@@ -90,10 +94,12 @@ class Corpus:
         shard, at = int(row["shard"]), ordinal - int(row["first"])
         mapped = self._shard(shard)
         try:
-            extension, offset, size, label = self._parsed(chunk, mapped)[at]
+            extensions, numbers = self._parsed(chunk, mapped)
         except tar.DamagedTar as e:
             raise tar.DamagedTar(f"{self.path / self.manifest.shards[shard].tar}: {e.what}", e.offset) from None
-        return Sample(ordinal, key_of(ordinal), mapped[offset : offset + size], extension, label)
+        offset, size, label = numbers[at].tolist()
+        data = mapped[offset : offset + size]
+        return Sample(ordinal, key_of(ordinal), data, extensions[at], None if label == UNLABELLED else label)
 
     def labels(self) -> np.ndarray | None:
         """int64 (n,), or None for an unlabelled corpus."""
@@ -130,7 +136,7 @@ class Corpus:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._shards: OrderedDict[int, mmap.mmap] = OrderedDict()
-        self._headers: OrderedDict[int, list[tuple[str, int, int, int | None]]] = OrderedDict()
+        self._headers: OrderedDict[int, tuple[tuple[str, ...], np.ndarray]] = OrderedDict()
 
     def _shard(self, number: int) -> mmap.mmap:
         if self._pid != os.getpid():  # forked: the parent's lock may be held by a thread that is not here
@@ -150,11 +156,13 @@ class Corpus:
             self._shards.move_to_end(number)
             return mapped
 
-    def _parsed(self, chunk: int, mapped: mmap.mmap) -> list[tuple[str, int, int, int | None]]:
+    def _parsed(self, chunk: int, mapped: mmap.mmap) -> tuple[tuple[str, ...], np.ndarray]:
+        """Of each sample of a chunk the extension, and int64 (n, 3): data offset, size, label."""
         with self._lock:
             found = self._headers.get(chunk)
             if found is None:
-                found = parse_chunk(mapped, self.chunks[chunk])
+                extensions, *numbers = zip(*parse_chunk(mapped, self.chunks[chunk]), strict=True)
+                found = tuple(map(sys.intern, extensions)), np.array(numbers, dtype=np.int64).T
                 self._headers[chunk] = found
                 if len(self._headers) > PARSED_CHUNKS:
                     self._headers.popitem(last=False)
@@ -169,11 +177,12 @@ class Corpus:
         self._open_chunks()
 
 
-def parse_chunk(shard: mmap.mmap | bytes, row: np.void) -> list[tuple[str, int, int, int | None]]:
-    """(extension, data offset, size, label) of each sample. Raises DamagedTar where the headers say something else."""
+def parse_chunk(shard: mmap.mmap | bytes, row: np.void) -> list[tuple[str, int, int, int]]:
+    """(extension, data offset, size, label or UNLABELLED) of each sample. Raises DamagedTar where the headers say
+    something else."""
     offset = int(row["byte_start"])
     end, first, count = offset + int(row["byte_len"]), int(row["first"]), int(row["n"])
-    samples: list[tuple[str, int, int, int | None]] = []
+    samples: list[tuple[str, int, int, int]] = []
     while offset < end:
         member = tar.parse(shard[offset : offset + tar.BLOCK], offset)
         if member.end > end:
@@ -185,7 +194,7 @@ def parse_chunk(shard: mmap.mmap | bytes, row: np.void) -> list[tuple[str, int, 
                 raise tar.DamagedTar("a label that is no number", member.data_offset)
             samples[-1] = (*samples[-1][:3], int(text))
         elif key == key_of(first + len(samples)) and len(samples) < count:
-            samples.append((extension, member.data_offset, member.size, None))
+            samples.append((extension, member.data_offset, member.size, UNLABELLED))
         else:
             raise tar.DamagedTar(f"unexpected member {key}.{extension}", offset)
         offset = member.end
