@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+import yaml
 
 from selfsight.shards.corpus import Corpus
 from selfsight.stream.order import auto_lanes
@@ -74,6 +75,21 @@ def test_stopping_and_continuing_is_as_never_having_stopped(
         assert selfsight(command("parts", *options)) == 85
         assert "stopped at step 5 of 12" in capsys.readouterr().err
     assert selfsight(command("parts", *options)) == 0
+    (records, weights), (records_parts, weights_parts) = read(tmp_path / "whole"), read(tmp_path / "parts")
+    assert records == records_parts
+    assert same(weights, weights_parts)
+
+
+def test_mae_with_decoding_processes_continues_as_exactly(selfsight, command, recipe, read, tmp_path, monkeypatch):
+    plain = yaml.safe_load(recipe.read_text())
+    plain["objective"] = {"name": "mae", "crop_size": 32, "decoder_embed_dim": 32, "decoder_depth": 1}
+    plain["optimizer"] = {"warmup_epochs": 1, "warmup": "mae", "clip": 1.0}
+    recipe.write_text(yaml.safe_dump(plain))
+    assert selfsight(command("whole")) == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        assert selfsight(command("parts", "stream.workers=2")) == 85
+    assert selfsight(command("parts", "stream.workers=1")) == 0
     (records, weights), (records_parts, weights_parts) = read(tmp_path / "whole"), read(tmp_path / "parts")
     assert records == records_parts
     assert same(weights, weights_parts)

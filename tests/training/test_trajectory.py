@@ -92,6 +92,7 @@ def test_dino_trains_as_the_official_loop(golden, zero):
     objective.load_state_dict(golden.to_dino(weights) | golden.to_dino(weights, "teacher"), strict=False)
     recipe = recipe_of(h, zero, weight_decay_end=h["weight_decay_end"], clip=h["clip_grad"], clip_per="tensor")
     engine = Engine(objective, recipe, cluster.join())
+    crops = {name: crop.to(engine.cluster.device) for name, crop in crops.items()}
     order = h["parameter_order"].tolist()
     steps: list[Step] = []
     after, centers = [], []
@@ -138,6 +139,7 @@ def test_mae_trains_as_the_official_loop(golden, zero):
     objective.load_state_dict(golden.to_mae(numbers.weights("train")))
     recipe = recipe_of(h, zero, warmup="mae", betas=h["betas"].tolist())
     engine = Engine(objective, recipe, cluster.join())
+    inputs = {name: x.to(engine.cluster.device) for name, x in inputs.items()}
     steps: list[Step] = []
     trainable = []
     for step in range(h["steps"]):
@@ -156,3 +158,43 @@ def test_mae_trains_as_the_official_loop(golden, zero):
     for name in official:
         numbers.check("train", f"final.{name}", final[name])
     print(f"\nMAE under ZeRO-{zero}: worst error {numbers.worst:.2f} of its tolerance")
+
+
+def bf16_losses(golden, zero: int) -> tuple[Engine, list[float], list[float]]:
+    """MAE's golden trajectory under autocast: the engine afterwards, its losses, the official ones in fp32."""
+    numbers = golden.load("mae_trajectory")
+    h, inputs = numbers.hyper("train"), numbers.inputs("train")
+    kind = find("mae")
+    config = kind.Config(decoder_embed_dim=32, decoder_depth=2, decoder_num_heads=4, crop_size=32)
+    objective = kind(config, encoder(h))
+    objective.load_state_dict(golden.to_mae(numbers.weights("train")))
+    recipe = recipe_of(h, zero, warmup="mae", betas=h["betas"].tolist())
+    recipe.training.precision = "bf16"
+    engine = Engine(objective, recipe, cluster.join())
+    losses = []
+    for step in range(h["steps"]):
+        batch = {"crop": inputs["images"][step][None], "noise": inputs["noise"][step]}
+        batch = {name: x.to(engine.cluster.device) for name, x in batch.items()}
+        losses.append(engine.step([batch], Progress(step, h["niter_per_ep"], h["epochs"] * h["niter_per_ep"])).loss)
+    return engine, losses, numbers.outputs("train")["loss"].tolist()
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_bf16_keeps_weights_and_moments_in_fp32(golden, zero):
+    """DeepSpeed's own bf16 mode would round the weights, and at stage 0 take a hidden step before the first one."""
+    engine, losses, official = bf16_losses(golden, zero)
+    assert losses == pytest.approx(official, rel=2e-2)
+    assert losses != pytest.approx(official, rel=1e-6)  # it was bf16 indeed
+    assert {p.dtype for p in engine.objective.parameters()} == {torch.float32}
+    states = list(engine.optimizer.state.values())
+    assert {s[m].dtype for s in states for m in ("exp_avg", "exp_avg_sq")} == {torch.float32}
+    assert {int(s["step"]) for s in states} == {len(losses)}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_takes_the_fused_optimiser(golden):
+    engine, losses, official = bf16_losses(golden, 1)
+    assert engine.cluster.device.type == "cuda"
+    assert all(group["fused"] for group in engine.optimizer.param_groups)
+    assert losses == pytest.approx(official, rel=2e-2)

@@ -52,6 +52,12 @@ class AdamW(torch.optim.AdamW):
         finally:
             self.param_groups = groups
 
+    def _accelerator_graph_capture_health_check(self) -> None:
+        """No step is captured in a CUDA graph here, and torch's check looks for a driver at every call: a tenth of a
+        millisecond each, for every group under ZeRO-1."""
+
+    _cuda_graph_capture_health_check = _accelerator_graph_capture_health_check  # its older name
+
 
 def set_schedule(
     optimizer: torch.optim.Optimizer, rules: list[ParameterRule], progress: Progress, *, lr: float, weight_decay: float
