@@ -230,8 +230,8 @@ def _standardise_channels(out: np.ndarray, rows: int = 4096) -> None:
     channels = out.reshape(len(out), 3, -1)
     blocks = [channels[i : i + rows] for i in range(0, len(out), rows)]
     count = len(out) * channels.shape[2]
-    mean = sum(b.sum(axis=(0, 2), dtype=np.float64) for b in blocks) / count
-    square = sum(np.square(b - mean[None, :, None]).sum(axis=(0, 2)) for b in blocks) / count
+    mean = np.sum([b.sum(axis=(0, 2), dtype=np.float64) for b in blocks], axis=0) / count
+    square = np.sum([np.square(b - mean[None, :, None]).sum(axis=(0, 2)) for b in blocks], axis=0) / count
     scale = 1 / np.sqrt(np.maximum(square, 1e-12))
     for block in blocks:
         block[:] = (block - mean[None, :, None]) * scale[None, :, None]

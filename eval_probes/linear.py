@@ -28,7 +28,7 @@ class Linear(Protocol):
     lrs: tuple[float, ...] = tuple(float(f"{10 ** (i / 3):.3g}") for i in range(-12, 1))  # 1e-4 … 1
     batch_size: int = 512
     epochs: int = 20
-    min_steps: int = 2000  # small sets are seen more often
+    min_steps: int = 1000  # small sets are seen more often
     momentum: float = 0.9
     weight_decay: float = 0.0
     held_out: float = 0.1  # fraction of each class's training images on which the learning rate is chosen
