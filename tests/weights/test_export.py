@@ -89,7 +89,7 @@ def test_the_folder_says_where_it_comes_from(folder):
     card = (folder / "README.md").read_text()
     assert 'timm.create_model("local-dir:' in card
     assert "license:\n" in card
-    assert oct(folder.stat().st_mode)[-3:] == "755"
+    assert [oct(p.stat().st_mode)[-3:] for p in (folder, folder / "model.safetensors")] == ["755", "644"]
 
 
 def test_the_same_export_again_changes_nothing_and_another_is_refused(folder):

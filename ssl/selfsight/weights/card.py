@@ -52,8 +52,8 @@ model = timm.create_model("local-dir:path/to/this/folder", pretrained=True)
 
 ## Preprocessing
 
-Scale the shorter side to {int(size / prep["crop_pct"])} pixels ({prep["interpolation"]}), crop {size} × {size} at
-the centre, divide by 255, subtract {prep["mean"]} and divide by {prep["std"]}. `encoder.preprocess` does it.
+`encoder.preprocess` scales the shorter side to {int(size / prep["crop_pct"])} pixels ({prep["interpolation"]}), crops
+{size} × {size} at the centre, divides by 255, subtracts {prep["mean"]} and divides by {prep["std"]}.
 
 ## Licence
 

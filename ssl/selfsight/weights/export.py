@@ -37,7 +37,9 @@ def export_encoder(encoder: Encoder, config: EncoderConfig, out: Path, *, meta: 
     try:
         export = _write(encoder, config, temporary, {**meta, "selfsight": __version__})
         _check(encoder, export)
-        temporary.chmod(0o755)  # mkdtemp makes folders that only their owner can read
+        # mkdtemp and safetensors write for their owner alone; weights are there to be read.
+        temporary.chmod(0o755)
+        (temporary / WEIGHTS).chmod(0o644)
         flush(temporary)
         _publish(export, out)
     finally:
