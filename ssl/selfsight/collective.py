@@ -1,5 +1,5 @@
-"""What an objective may ask of the other ranks. The base class is the identity on one process; `selfsight.training`
-supplies the one that speaks torch.distributed. All of it is outside autograd: only statistics travel.
+"""What an objective may ask of the other ranks. The base class is the identity on one process; the one below it
+speaks torch.distributed. All of it is outside autograd: only statistics travel.
 """
 
 import torch

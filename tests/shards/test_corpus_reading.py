@@ -1,9 +1,11 @@
 """Random access: any ordinal from any process gives the sample that was written; damage never passes for data."""
 
+import hashlib
 import json
 import pickle
 import threading
 
+import google_crc32c
 import numpy as np
 import pytest
 
@@ -11,7 +13,7 @@ from selfsight.errors import UserError
 from selfsight.shards import Corpus, DamagedTar
 from selfsight.shards.corpus import CHUNK_DTYPE
 from selfsight.shards.index import write_index
-from selfsight.shards.manifest import Manifest, Shard, merkle_root
+from selfsight.shards.manifest import COUNTS, Manifest, Shard, merkle_root
 from selfsight.shards.write import ShardWriter
 
 N, PER_SHARD = 23, 9
@@ -32,14 +34,18 @@ def folder(tmp_path):
             writer, rows = ShardWriter(f, number=number, first=first, chunk_samples=4), []
             for ordinal in range(first, min(first + PER_SHARD, N)):
                 member, data = writer.add(content(ordinal), "png", ordinal % 3)
-                rows.append({"sample": ordinal, "member_offset": member, "data_offset": data, "label": ordinal % 3})
+                crc32c = google_crc32c.value(content(ordinal))
+                rows.append({"sample": ordinal, "member_offset": member, "data_offset": data, "crc32c": crc32c})
+                rows[-1]["label"] = ordinal % 3
             size, digest, table = writer.finish()
         write_index(root / f"index/{number:06d}.parquet", rows)
         shards.append(Shard(number, first, len(rows), size, digest, ""))
         tables.append(table)
     np.save(root / "chunks.npy", np.concatenate(tables))
+    digest = hashlib.sha256((root / "chunks.npy").read_bytes()).hexdigest()
+    counts = dict.fromkeys(COUNTS, 0)
     Manifest(
-        merkle_root(shards), N, 0, shards, sum(map(len, tables)), "", "", ["a", "b", "c"], {}, {}, {}, ""
+        merkle_root(shards), N, 0, shards, sum(map(len, tables)), digest, "", ["a", "b", "c"], counts, {}, {}, ""
     ).save(root)  # fmt: skip
     return root
 
@@ -101,6 +107,38 @@ def test_a_damaged_header_raises_and_names_the_shard(folder):
         Corpus.open(folder).sample(PER_SHARD)
 
 
+@pytest.mark.parametrize("ordinal", [1, PER_SHARD, N - 1])
+def test_an_image_that_is_not_what_was_stored_never_passes(folder, ordinal):
+    offset = Corpus.open(folder).index(["data_offset"])["data_offset"].to_pylist()[ordinal]
+    path = folder / f"shards/{ordinal // PER_SHARD:06d}.tar"
+    data = bytearray(path.read_bytes())
+    data[offset + len(content(ordinal)) // 2] ^= 8
+    path.write_bytes(data)
+    corpus = Corpus.open(folder)
+    with pytest.raises(DamagedTar, match=rf"{path}: sample {ordinal:012d} is not what was stored"):
+        corpus.sample(ordinal)
+    assert all(corpus.sample(i).data == content(i) for i in range(N) if i != ordinal)
+
+
+def test_an_index_that_is_lost_or_of_another_shard(folder):
+    first, second = folder / "index/000000.parquet", folder / "index/000002.parquet"
+    first.write_bytes(second.read_bytes())
+    for say in ("is not the index of its shard", "cannot be read"):
+        with pytest.raises(UserError, match=rf"^{first} {say}[^\n]*$"):
+            Corpus.open(folder).sample(0)
+        with pytest.raises(UserError, match=rf"^{first} {say}[^\n]*$"):
+            Corpus.open(folder).labels()
+        first.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("damage", [lambda d: b"", lambda d: d[:-1], lambda d: d[:-2] + b"\7\0", lambda d: b"PK\3\4"])
+def test_a_chunk_table_that_is_not_the_one_of_the_manifest(folder, damage):
+    path = folder / "chunks.npy"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=rf"^{path} [^\n]*restore it[^\n]*$"):
+        Corpus.open(folder)
+
+
 def test_no_corpus_and_broken_ones_end_in_one_line(folder, tmp_path):
     with pytest.raises(UserError, match="no corpus"):
         Corpus.open(tmp_path / "nowhere")
@@ -117,6 +155,9 @@ def test_no_corpus_and_broken_ones_end_in_one_line(folder, tmp_path):
     refused({"schema": 99}, "schema")
     refused({"kind": "else"}, "not the manifest")
     refused({"surplus": 1}, "unknown")
+    refused({"counts": {}}, "counts")
+    refused({"classes": 5}, "classes")
+    refused({"notes": "words"}, "notes")
     refused({"shards": [{**good["shards"][0], "sha256": "xyz"}], "n": PER_SHARD}, "hexadecimal")
     (folder / "manifest.json").write_bytes(b"{")
     with pytest.raises(UserError, match="not JSON"):

@@ -1,8 +1,8 @@
 """A finished corpus, read: any sample by its global ordinal, straight from memory-mapped shards.
 
 The chunk table says where a run of samples lies; its tar headers are walked with their checksums and kept for the next
-sample of the run. Nothing is opened before it is needed, and each process opens its own, so a Corpus can be pickled,
-forked and shared between threads.
+sample of the run, and every image is compared with its checksum in the index. Nothing is opened before it is needed,
+and each process opens its own, so a Corpus can be pickled, forked and shared between threads.
 """
 
 import mmap
@@ -10,15 +10,19 @@ import os
 import sys
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import google_crc32c
 import numpy as np
 
 from selfsight.errors import UserError
 from selfsight.shards import tar
-from selfsight.shards.manifest import Manifest
+from selfsight.shards.files import sha256_of
+from selfsight.shards.index import read_index
+from selfsight.shards.manifest import Manifest, Shard
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -29,10 +33,12 @@ REJECTED_NAME = "rejected.jsonl"
 KEY_DIGITS = 12
 LABEL_EXTENSION = "cls"
 UNLABELLED = -1
-MAPPED_SHARDS = 64  # address space and file handles, not memory
+MAPPED_SHARDS = 64  # address space and file handles; of memory only the checksums, 4 bytes a sample
 # An order has lanes × window chunks in hand, 256 × 16 at its defaults, and every process that reads needs them all:
-# parsing one takes as long as decoding an image, keeping one 6 kB.
+# parsing one takes as long as decoding an image, keeping one 8 kB.
 PARSED_CHUNKS = 8192
+
+Value = TypeVar("Value")
 
 
 def key_of(ordinal: int) -> str:
@@ -62,6 +68,8 @@ class Corpus:
         corpus.path = Path(folder)
         corpus.manifest = Manifest.load(corpus.path)
         corpus._open_chunks()
+        if sha256_of(corpus.path / CHUNKS_NAME) != corpus.manifest.chunks_sha256:
+            raise _foreign_chunks(corpus.path)
         missing = [s.tar for s in corpus.manifest.shards if not (corpus.path / s.tar).is_file()]
         if missing:
             raise UserError(f"{folder} lacks {missing[0]} ({len(missing)} shards in all): restore it, or build again")
@@ -85,20 +93,23 @@ class Corpus:
     def sample(self, ordinal: int) -> Sample:
         """Random access: O(log chunks) once the chunk's headers are known.
 
-        Raises IndexError outside 0 … n-1 and DamagedTar where the shard is not what the chunk table says.
+        Raises IndexError outside 0 … n-1, DamagedTar where the shard is not what the chunk table and the index say,
+        and UserError where the index cannot be read.
         """
         if not 0 <= ordinal < self.n:
             raise IndexError(f"sample {ordinal} of a corpus of {self.n}")
         chunk = int(np.searchsorted(self.chunks["first"], ordinal, side="right")) - 1
         row = self.chunks[chunk]
-        shard, at = int(row["shard"]), ordinal - int(row["first"])
+        shard, at = self.manifest.shards[row["shard"]], ordinal - int(row["first"])
         mapped = self._shard(shard)
         try:
-            extensions, numbers = self._parsed(chunk, mapped)
+            extensions, numbers = self._parsed(chunk, shard, mapped)
         except tar.DamagedTar as e:
-            raise tar.DamagedTar(f"{self.path / self.manifest.shards[shard].tar}: {e.what}", e.offset) from None
-        offset, size, label = numbers[at].tolist()
+            raise tar.DamagedTar(f"{self.path / shard.tar}: {e.what}", e.offset) from None
+        offset, size, label, crc32c = numbers[at].tolist()
         data = mapped[offset : offset + size]
+        if google_crc32c.value(data) != crc32c:
+            raise tar.DamagedTar(f"{self.path / shard.tar}: sample {key_of(ordinal)} is not what was stored", offset)
         return Sample(ordinal, key_of(ordinal), data, extensions[at], None if label == UNLABELLED else label)
 
     def labels(self) -> np.ndarray | None:
@@ -110,64 +121,54 @@ class Corpus:
     def index(self, columns: list[str] | None = None) -> "pa.Table":
         """The index, one row per sample, by ordinal. Raises UserError where a file of it is missing or damaged."""
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
-        tables = []
-        for shard in self.manifest.shards:
-            try:
-                tables.append(pq.ParquetFile(self.path / shard.index).read(columns))
-            except (OSError, pa.ArrowInvalid) as e:
-                raise UserError(
-                    f"{self.path / shard.index} cannot be read ({e}): run `selfsight corpus verify`"
-                ) from None
-        return pa.concat_tables(tables)
+        return pa.concat_tables(read_index(self.path / s.index, s.count, columns) for s in self.manifest.shards)
 
     def _open_chunks(self) -> None:
         path = self.path / CHUNKS_NAME
         try:
-            self.chunks = np.load(path, mmap_mode="r", allow_pickle=False)
+            self.chunks = np.lib.format.open_memmap(path, mode="r")
         except (OSError, ValueError) as e:
             raise UserError(f"{path} cannot be read ({e}): restore it, or build the corpus again") from None
-        if self.chunks.dtype != CHUNK_DTYPE or len(self.chunks) != self.manifest.chunks:
-            raise UserError(f"{path} does not belong to this manifest: restore it, or build the corpus again")
+        if self.chunks.dtype != CHUNK_DTYPE or self.chunks.shape != (self.manifest.chunks,):
+            raise _foreign_chunks(self.path)
         self._forget()
 
     def _forget(self) -> None:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._shards: OrderedDict[int, mmap.mmap] = OrderedDict()
+        self._checksums: OrderedDict[int, np.ndarray] = OrderedDict()
         self._headers: OrderedDict[int, tuple[tuple[str, ...], np.ndarray]] = OrderedDict()
 
-    def _shard(self, number: int) -> mmap.mmap:
+    def _shard(self, shard: Shard) -> mmap.mmap:
         if self._pid != os.getpid():  # forked: the parent's lock may be held by a thread that is not here
             self._forget()
         with self._lock:
-            mapped = self._shards.get(number)
-            if mapped is None:
-                shard = self.manifest.shards[number]
-                with open(self.path / shard.tar, "rb") as f:
-                    if os.fstat(f.fileno()).st_size != shard.bytes:
-                        raise tar.DamagedTar(f"{shard.tar} should be {shard.bytes} bytes long and is not: it ends", 0)
-                    mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-                self._shards[number] = mapped
-                # An evicted map closes when its last reader lets go of it.
-                if len(self._shards) > MAPPED_SHARDS:
-                    self._shards.popitem(last=False)
-            self._shards.move_to_end(number)
-            return mapped
+            # An evicted map closes when its last reader lets go of it.
+            return _kept(self._shards, shard.number, lambda: self._map(shard), MAPPED_SHARDS)
 
-    def _parsed(self, chunk: int, mapped: mmap.mmap) -> tuple[tuple[str, ...], np.ndarray]:
-        """Of each sample of a chunk the extension, and int64 (n, 3): data offset, size, label."""
+    def _map(self, shard: Shard) -> mmap.mmap:
+        with open(self.path / shard.tar, "rb") as f:
+            if os.fstat(f.fileno()).st_size != shard.bytes:
+                raise tar.DamagedTar(f"{shard.tar} should be {shard.bytes} bytes long and is not: it ends", 0)
+            return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def _parsed(self, chunk: int, shard: Shard, mapped: mmap.mmap) -> tuple[tuple[str, ...], np.ndarray]:
+        """Of each sample of a chunk the extension, and int64 (n, 4): data offset, size, label, crc32c."""
+
+        def checksums() -> np.ndarray:
+            return read_index(self.path / shard.index, shard.count, ["crc32c"])["crc32c"].to_numpy()
+
+        def parse() -> tuple[tuple[str, ...], np.ndarray]:
+            row = self.chunks[chunk]
+            extensions, *numbers = zip(*parse_chunk(mapped, row), strict=True)
+            column = _kept(self._checksums, shard.number, checksums, MAPPED_SHARDS)
+            stored = column[int(row["first"]) - shard.first :][: int(row["n"])]
+            return tuple(map(sys.intern, extensions)), np.array([*numbers, stored], dtype=np.int64).T
+
         with self._lock:
-            found = self._headers.get(chunk)
-            if found is None:
-                extensions, *numbers = zip(*parse_chunk(mapped, self.chunks[chunk]), strict=True)
-                found = tuple(map(sys.intern, extensions)), np.array(numbers, dtype=np.int64).T
-                self._headers[chunk] = found
-                if len(self._headers) > PARSED_CHUNKS:
-                    self._headers.popitem(last=False)
-            self._headers.move_to_end(chunk)
-            return found
+            return _kept(self._headers, chunk, parse, PARSED_CHUNKS)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "manifest": self.manifest}
@@ -201,3 +202,18 @@ def parse_chunk(shard: mmap.mmap | bytes, row: np.void) -> list[tuple[str, int, 
     if len(samples) != count:
         raise tar.DamagedTar(f"{len(samples)} samples instead of {count} in the chunk", int(row["byte_start"]))
     return samples
+
+
+def _kept(cache: OrderedDict[int, Value], key: int, make: Callable[[], Value], most: int) -> Value:
+    """`make()`, remembered in `cache` until `most` others were asked for since."""
+    found = cache.get(key)
+    if found is None:
+        found = cache[key] = make()
+        if len(cache) > most:
+            cache.popitem(last=False)
+    cache.move_to_end(key)
+    return found
+
+
+def _foreign_chunks(folder: Path) -> UserError:
+    return UserError(f"{folder / CHUNKS_NAME} is not that of the manifest: restore it, or build the corpus again")

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from selfsight.errors import UserError
 from selfsight.shards.files import publish
 
 if TYPE_CHECKING:
@@ -44,3 +45,18 @@ def write_index(path: Path, rows: list[dict[str, Any]]) -> None:
     table = pa.Table.from_pylist(rows, schema=schema())
     with publish(path) as f:
         pq.write_table(table, f, compression="zstd", row_group_size=65536)
+
+
+def read_index(path: Path, rows: int, columns: list[str] | None = None) -> "pa.Table":
+    """The index of a shard of `rows` samples, all of it or some columns. Raises UserError where it is not that."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with open(path, "rb") as f:  # pyarrow takes no path that is not UTF-8
+            table = pq.ParquetFile(f).read(columns, use_threads=False)
+    except (OSError, pa.ArrowException) as e:
+        raise UserError(f"{path} cannot be read ({e}): run `selfsight corpus verify`") from None
+    if table.num_rows != rows or set(table.column_names) != set(columns or COLUMNS):
+        raise UserError(f"{path} is not the index of its shard: run `selfsight corpus verify`")
+    return table

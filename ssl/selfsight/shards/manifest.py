@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from selfsight.errors import UserError
 from selfsight.shards.files import publish
@@ -14,6 +14,7 @@ from selfsight.shards.files import publish
 NAME = "manifest.json"
 KIND = "selfsight-corpus"
 SCHEMA = 1
+COUNTS = ("seen", "kept", "rejected", "skipped", "outside", "duplicates")
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Manifest:
     chunks_sha256: str
     rejected_sha256: str
     classes: list[str] | None  # index = label
-    counts: dict[str, int]  # seen, kept, rejected, skipped, outside, duplicates
+    counts: dict[str, int]  # of COUNTS
     rejected_reasons: dict[str, int]
     recipe: dict[str, Any]
     recipe_digest: str
@@ -90,10 +91,12 @@ class Manifest:
         for owner in (self, *self.shards):
             for f in fields(owner):
                 value = getattr(owner, f.name)
-                if (f.type is int and (type(value) is not int or value < 0)) or (
-                    f.type is str and type(value) is not str
-                ):
+                kind = get_origin(f.type) or f.type
+                wrong = kind in (int, str, list, dict) and type(value) is not kind
+                if wrong or (isinstance(value, int) and value < 0):
                     raise _malformed(path, f"{f.name} is {value!r}")
+        if any(type(self.counts.get(name)) is not int for name in COUNTS):
+            raise _malformed(path, f"counts is {self.counts!r}")
         first = 0
         for number, shard in enumerate(self.shards):
             if (shard.number, shard.first) != (number, first) or shard.count < 1:
@@ -101,10 +104,9 @@ class Manifest:
             first += shard.count
         if first != self.n:
             raise _malformed(path, f"the shards hold {first} samples, not {self.n}")
-        if self.classes is not None and not (
-            isinstance(self.classes, list) and all(isinstance(c, str) for c in self.classes)
-        ):
-            raise _malformed(path, "classes is not a list of names")
+        for names in (self.classes or [], self.notes):
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise _malformed(path, "classes or notes are not lists of text")
         try:
             root = merkle_root(self.shards)
         except ValueError:
