@@ -29,11 +29,6 @@ class Progress:
     def epoch(self) -> int:
         return self.step // self.steps_per_epoch
 
-    @property
-    def epochs(self) -> int:
-        return -(-self.total_steps // self.steps_per_epoch)
-
-
 @dataclass
 class Outcome:
     """What a forward pass gives. `loss` is a scalar with a graph; the rest is detached."""

@@ -1,0 +1,63 @@
+"""What the README shows is run: its objective is trained from its recipe, and its weights load as it says."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from selfsight.corpus import build
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(?:python|yaml)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def block(start: str) -> str:
+    (found,) = [b for b in BLOCKS if b.startswith(start)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder in which the README's objective was trained for two steps, as `quickstart/run`."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "images").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(folder / f"images/{i}.png")
+    Image.open(folder / "images/0.png").save(folder / "photo.jpg")
+    build([folder / "images"], folder / "corpus", workers=1)
+    (folder / "my_methods").mkdir()
+    (folder / "my_methods/simsiam.py").write_text(block("# my_methods/simsiam.py"))
+    (folder / "simsiam.yaml").write_text(block("# simsiam.yaml"))
+    arguments = "pretrain simsiam.yaml corpus=corpus output=quickstart/run batch_size=10 epochs=1 stream.workers=0 "
+    subprocess.run(
+        [sys.executable, "-m", "launch", *arguments.split(), "optimizer.warmup_epochs=0"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": "1"},
+        check=True,
+    )
+    return folder
+
+
+def test_the_objective_of_the_readme_trains(folder):
+    assert (folder / "quickstart/run/exports/step_00000002/model.safetensors").is_file()
+
+
+def test_the_weights_load_as_the_readme_says(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    names: dict = {}
+    exec(block("import selfsight"), names)
+    assert names["tokens"].cls.shape == (1, 96)
+    assert names["tokens"].patches.shape == (1, 16, 96)
+
+
+def test_timm_loads_them_as_the_readme_says(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    names: dict = {}
+    exec(re.sub(r"step_\d{8}", "step_00000002", block("import timm")), names)
+    assert names["model"].num_features == 96
