@@ -131,3 +131,16 @@ def test_pairs_that_mean_nothing_are_refused():
 def test_protocols_without_sense_are_refused(wrong):
     with pytest.raises(UserError):
         knn.KNN(**wrong)
+
+
+def test_the_search_agrees_with_faiss():
+    faiss = pytest.importorskip("faiss", reason="faiss is an extra: selfsight[cpu] or selfsight[gpu]")
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = (torch.nn.functional.normalize(torch.randn(n, 48, generator=generator), dim=1) for n in (3000, 200))
+    index = faiss.IndexFlatIP(48)
+    index.add(bank.numpy())
+    expected_similarity, expected = index.search(queries.numpy(), 20)
+    similarity, found = knn.neighbours(bank, queries, 20)
+    # Two float32 sums of 48 products each: places may be swapped where similarities differ by less than that.
+    torch.testing.assert_close(similarity, torch.from_numpy(expected_similarity), rtol=0, atol=1e-6)
+    assert (found.numpy() == expected).mean() > 0.999
