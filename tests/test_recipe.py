@@ -39,6 +39,14 @@ def test_file_and_overrides_land_in_the_schema(path):
     assert r.objective == {"name": "some", "out_dim": 5, "temperature": 1.0}
 
 
+@pytest.mark.parametrize("name", ["007", "1e3", "2024-01-01", "12:30", "off", "1_000", "a: b # c"])
+def test_a_path_is_what_was_typed(path, name):
+    r = load(path, f"corpus={name}", f"output={name}")
+    assert (r.corpus, r.output) == (name, name)
+    assert recipe.from_dict(yaml.safe_load(r.to_yaml()), {}, objective=lambda name: Config) == r
+    assert load(path, "corpus=null").corpus is None
+
+
 def test_what_is_written_reads_back_the_same(path):
     r = load(path, "corpus=it's: a # hard name", "encoder.args.reg_tokens=4")
     again = recipe.from_dict(yaml.safe_load(r.to_yaml()), {}, objective=lambda name: Config)

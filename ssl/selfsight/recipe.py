@@ -17,6 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from selfsight.errors import UserError
 
+PATHS = ("corpus", "output")  # taken as they are typed: a folder may be called 007, 1e3 or 2024-01-01
+
 
 @dataclass
 class EncoderConfig:
@@ -147,7 +149,7 @@ def load(source: str, overrides: list[str] | tuple[str, ...] = (), *, objective:
         if not sign or not key:
             raise UserError(f"cannot read {override!r}: overrides look like optimizer.base_lr=1e-3")
         try:
-            _put(given, key, _scalar(text))
+            _put(given, key, text if key in PATHS and text != "null" else _scalar(text))
         except yaml.YAMLError as e:
             raise UserError(f"cannot read {override!r}: the value is not YAML") from e
         provenance[key] = "command line"
@@ -161,7 +163,8 @@ def from_dict(given: dict[str, Any], provenance: dict[str, str], *, objective: C
         raise UserError("the recipe names no objective: set objective.name, for example objective.name=dino")
     schema = OmegaConf.structured(Recipe(objective=None))
     config = OmegaConf.structured(objective(section["name"]))
-    known = {**OmegaConf.to_container(schema), "objective": {"name": "", **OmegaConf.to_container(config)}}
+    known: dict[str, Any] = OmegaConf.to_container(schema)  # type: ignore[assignment]
+    known["objective"] = {"name": "", **OmegaConf.to_container(config)}  # type: ignore[dict-item]
     known.pop("provenance")
     _refuse_unknown(given, known)
     rest = {k: v for k, v in given.items() if k != "objective"}
