@@ -50,7 +50,7 @@ def run_build(args: argparse.Namespace) -> int:
         hash_range=parse_range(args.hash_range),
     )
     if args.json:
-        print(json.dumps(report.to_json(), ensure_ascii=False))
+        print(json.dumps(report.to_json()))
         return 0
     counts = report.counts
     labels = "unlabelled" if report.classes is None else f"{report.classes} classes"
@@ -105,7 +105,7 @@ def run_stats(args: argparse.Namespace) -> int:
 
     found = stats(args.corpus)
     if args.json:
-        print(json.dumps(found, ensure_ascii=False))
+        print(json.dumps(found))
         return 0
     from rich.console import Console
     from rich.markup import escape

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import shutil
 import tarfile
 import zipfile
@@ -195,15 +196,56 @@ def test_odd_names_and_links(tmp_path, make_picture):
     (tmp_path / "other" / "linked.png").write_bytes(make_picture(98))
     (source / "folder link").symlink_to(tmp_path / "other")
     (source / "dangling.png").symlink_to(tmp_path / "nowhere")
+    (source / "itself.png").symlink_to(source / "itself.png")
     report = build([source], tmp_path / "out", workers=1)
     corpus = Corpus.open(tmp_path / "out")
     found = {r["source"] for r in corpus.index().to_pylist()}
     assert found == {f"in/{n}" for n in [*names, "latin-\\xe9.png", "folder link/linked.png"]}
     assert verify(tmp_path / "out") == []
-    assert report.counts["skipped"] == 1
+    reason = "a dangling link or not a regular file"
     assert report.listed == [
-        {"source": "in/dangling.png", "kind": "skipped", "reason": "a dangling link or not a regular file"}
+        {"source": f"in/{name}.png", "kind": "skipped", "reason": reason} for name in ("dangling", "itself")
     ]
+
+
+def test_folders_whose_names_are_not_text(tmp_path, make_picture):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    source = Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9"))
+    source.mkdir()
+    (source / "1.png").write_bytes(make_picture(1))
+    (source / "notes.txt").write_text("words")
+    with open(source / "t.parquet", "wb") as f:
+        pq.write_table(pa.table({"image": [make_picture(2)]}), f)
+    report = build([source], source / "out", workers=1)
+    corpus = Corpus.open(source / "out")
+    names = {"caf\\xe9/1.png", "caf\\xe9/t.parquet/row000000000000"}
+    assert set(corpus.index(["source"])["source"].to_pylist()) == names
+    assert report.listed[0]["source"] == "caf\\xe9/notes.txt"
+    assert stats(source / "out")["n"] == 2
+    assert verify(source / "out") == []
+
+
+def test_files_named_one_by_one(photos, tmp_path):
+    report = build(sorted(photos.glob("*/00*.png")), tmp_path / "out", workers=1)
+    corpus = Corpus.open(tmp_path / "out")
+    sources = sorted(corpus.index(["source"])["source"].to_pylist())
+    assert sources == [f"{'cat' if i % 2 else 'dog'}/{i:03d}.png" for i in (1, 3, 5, 7, 9, 0, 2, 4, 6, 8)]
+    assert (report.n, len(corpus.manifest.recipe["sources"])) == (10, 2)
+
+
+def test_sources_of_one_name_are_told_apart(tmp_path, make_picture):
+    for i, folder in enumerate(("a/x/set", "b/x/set", "b/y/set")):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "1.png").write_bytes(make_picture(i))
+    build(tmp_path.glob("*/*/set"), tmp_path / "out", workers=1)
+    sources = sorted(Corpus.open(tmp_path / "out").index(["source"])["source"].to_pylist())
+    assert sources == ["a/x/set/1.png", "b/x/set/1.png", "y/set/1.png"]
+
+
+def test_an_archive_behind_a_link_of_another_name(tmp_path, make_picture):
+    write_tar(tmp_path / "0a1b2c", [("1.png", make_picture(1))], "w:gz")
+    (tmp_path / "p.tar.gz").symlink_to("0a1b2c")
+    assert build([tmp_path / "p.tar.gz"], tmp_path / "out", workers=1).n == 1
 
 
 def test_several_images_and_labels_under_one_key(tmp_path, make_picture):
@@ -291,6 +333,23 @@ def test_out_inside_the_source_is_no_source(photos):
     first = build([photos], photos / "corpus", workers=1)
     assert build([photos], photos / "corpus", workers=1).was_complete
     assert first.n == 40
+
+
+def test_splits_that_lie_inside_the_source_share_its_classes(photos):
+    """The second build meets the first one's shards, whose images are all outside its range."""
+    build([photos], photos / "train", hash_range=(0, 0.7), workers=1)
+    build([photos], photos / "test", hash_range=(0.7, 1), workers=1)
+    train, test = Corpus.open(photos / "train"), Corpus.open(photos / "test")
+    assert train.classes == test.classes == ["cat", "dog"]
+    assert train.n + test.n == 40
+
+
+def test_a_corpus_that_lacks_a_shard_is_no_source(photos, tmp_path):
+    build([photos], tmp_path / "one", shard_bytes=20_000, workers=1)
+    (tmp_path / "one/shards/000001.tar").unlink()
+    with pytest.raises(UserError, match=r"lacks shards/000001\.tar"):
+        build([tmp_path / "one"], tmp_path / "two", workers=1)
+    assert not (tmp_path / "two").exists()
 
 
 def test_archives_inside_a_folder_are_opened(photos, tmp_path, make_picture):

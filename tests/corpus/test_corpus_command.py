@@ -140,9 +140,46 @@ def test_damaged_archives(refused, tmp_path, make_picture):
         archive.write(good, "a.png")
     (tmp_path / "z.zip").write_bytes((tmp_path / "z.zip").read_bytes()[:-30])
     assert "damaged" in refused("corpus", "build", tmp_path / "z.zip", "--out", tmp_path / "out")
+    with zipfile.ZipFile(tmp_path / "label.zip", "w", zipfile.ZIP_BZIP2) as archive:
+        archive.writestr("a.cls", b"1" * 300)
+        archive.write(good, "a.png")
+    data = bytearray((tmp_path / "label.zip").read_bytes())
+    data[50] ^= 255
+    (tmp_path / "label.zip").write_bytes(data)
+    assert "label.zip is damaged" in refused("corpus", "build", tmp_path / "label.zip", "--out", tmp_path / "out")
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"image": [make_picture(i) for i in range(50)]}), tmp_path / "page.parquet")
+    data = bytearray((tmp_path / "page.parquet").read_bytes())
+    data[30:200] = bytes(255 - byte for byte in data[30:200])
+    (tmp_path / "page.parquet").write_bytes(data)
+    assert "page.parquet is damaged" in refused("corpus", "build", tmp_path / "page.parquet", "--out", tmp_path / "out")
+    pq.write_table(pa.table({"words": ["none"]}), tmp_path / "words.parquet")
+    assert "no column of image" in refused("corpus", "build", tmp_path / "words.parquet", "--out", tmp_path / "out")
     (tmp_path / "p.parquet").write_bytes(b"PAR1 and then nothing")
     assert "damaged" in refused("corpus", "build", tmp_path / "p.parquet", "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_damaged_member_of_a_zip_is_listed(selfsight, tmp_path, make_picture, method):
+    with zipfile.ZipFile(tmp_path / "z.zip", "w", method) as archive:
+        for name in ("a.png", "b.png", "c.png"):
+            archive.writestr(name, make_picture(ord(name[0])))
+        starts = {info.filename: info.header_offset for info in archive.infolist()}
+    data = bytearray((tmp_path / "z.zip").read_bytes())
+    data[starts["a.png"] + 60 : starts["a.png"] + 90] = bytes(30)
+    central = data.rindex(b"PK\1\2")  # the last one's, c.png
+    data[central + 8] |= 1
+    (tmp_path / "z.zip").write_bytes(data)
+    code, out, _ = selfsight("corpus", "build", tmp_path / "z.zip", "--out", tmp_path / "out", "--json")
+    report = json.loads(out)
+    assert (code, report["n"]) == (0, 1)
+    assert {e["source"]: e["kind"] for e in report["listed"]} == {"z.zip/a.png": "rejected", "z.zip/c.png": "skipped"}
+
+
+def test_what_is_not_a_file_is_not_waited_for(refused, tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    assert "no images" in refused("corpus", "build", tmp_path / "pipe.jpg", "--out", tmp_path / "out")
 
 
 def test_options_that_mean_nothing(refused, photos, tmp_path):

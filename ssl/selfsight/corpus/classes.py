@@ -2,15 +2,10 @@
 
 from collections.abc import Iterable
 
-from selfsight.corpus.sources import Source
+from selfsight.corpus.sources import Source, shown
 
 LabelKey = tuple[int, bytes, str | None]  # (source, folder, label text that came with the image)
 MAX_INTEGER_LABEL = 1_000_000
-
-
-def shown(name: bytes) -> str:
-    """A file name as text; bytes that are not UTF-8 are written as escapes."""
-    return name.decode("utf-8", "backslashreplace")
 
 
 def resolve(found: Iterable[LabelKey], sources: list[Source]) -> tuple[list[str] | None, dict[LabelKey, int], str]:

@@ -23,7 +23,7 @@ def walk(root: Path, exclude: Path | None = None) -> Iterator[tuple[str, str]]:
         if here in above or (exclude is not None and os.path.realpath(folder) == str(exclude)):
             return
         with os.scandir(folder) as found:
-            entries = sorted((e.name, e.is_dir()) for e in found)
+            entries = sorted((e.name, _is_folder(e)) for e in found)
         for name, is_folder in entries:
             if is_folder:
                 yield from visit(f"{folder}/{name}", f"{relative}{name}/", above | {here})
@@ -31,6 +31,13 @@ def walk(root: Path, exclude: Path | None = None) -> Iterator[tuple[str, str]]:
                 yield f"{folder}/{name}", f"{relative}{name}"
 
     return visit(str(root), "", frozenset())
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def compression(path: Path) -> str | None:
@@ -78,7 +85,8 @@ def image_column(path: Path) -> tuple[str, bool, str | None, list[str] | None] |
     import pyarrow.parquet as pq
 
     try:
-        schema = pq.read_schema(path)
+        with open(path, "rb") as f:  # pyarrow takes no path that is not UTF-8
+            schema = pq.read_schema(f)
     except pa.ArrowInvalid as e:
         raise OSError(f"{path} is damaged ({e}): fetch it again, or leave it out") from None
     found: list[tuple[str, bool]] = []

@@ -7,7 +7,6 @@ published, so a build that was killed goes on where it was.
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -19,15 +18,15 @@ from typing import Any
 import numpy as np
 
 from selfsight.console import progress, say
-from selfsight.corpus.classes import LabelKey, resolve, shown
+from selfsight.corpus.classes import LabelKey, resolve
 from selfsight.corpus.ledger import Ledger
 from selfsight.corpus.pool import available_cores, each
 from selfsight.corpus.scan import Files, Image, Scanner
-from selfsight.corpus.sources import Source, find_sources
+from selfsight.corpus.sources import Source, find_sources, shown
 from selfsight.errors import UserError
 from selfsight.shards.corpus import CHUNK_DTYPE, CHUNKS_NAME, REJECTED_NAME, key_of
 from selfsight.shards.decode import EXTENSIONS
-from selfsight.shards.files import publish, sweep
+from selfsight.shards.files import publish, sha256_of, sweep
 from selfsight.shards.index import write_index
 from selfsight.shards.manifest import NAME as MANIFEST_NAME
 from selfsight.shards.manifest import SCHEMA, Manifest, Shard, merkle_root
@@ -95,7 +94,7 @@ def build(
         "sources": [s.describe() for s in found],
     }
     if not any(s["files"] for s in recipe["sources"]):
-        raise UserError(f"no images in {', '.join(map(str, sources))}: it holds no files")
+        raise UserError(f"no images in {', '.join(map(str, sources[:3]))}: it holds no files")
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
     if _finished(out, digest):
         return _report(out, started, was_complete=True)
@@ -186,14 +185,16 @@ def _write(sources: list[Source], ledger: Ledger, out: Path, recipe: dict[str, A
     if not n:
         raise _nothing(sources, ledger, counts)
     classes, labels, how = resolve(ledger.labels(), sources)
-    for name in ("shards", "index"):
-        (out / name).mkdir(exist_ok=True)
-        sweep(out / name)
-    sweep(out)
+    folders = [out, out / "shards", out / "index"]
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+        sweep(folder)
     chunk_samples = max(1, min(recipe["chunk_samples"], n // MIN_CHUNKS))
-    done = ledger.shards()
-    records = {number: Shard(**json.loads(record)) for number, (record, _) in done.items()}
-    chunks = {number: np.frombuffer(rows, CHUNK_DTYPE) for number, (_, rows) in done.items()}
+    records, chunks = {}, {}
+    for number, (record, rows) in ledger.shards().items():
+        shard = Shard(**json.loads(record))
+        if (out / shard.tar).is_file() and (out / shard.index).is_file():  # somebody may have tidied up in between
+            records[number], chunks[number] = shard, np.frombuffer(rows, CHUNK_DTYPE)
     tasks = (
         task
         for task in _tasks(ledger.images(), labels, sources, out, recipe["shard_bytes"], chunk_samples)
@@ -213,14 +214,16 @@ def _write(sources: list[Source], ledger: Ledger, out: Path, recipe: dict[str, A
             line = {"source": f"{sources[source].name}/{shown(name)}", "kind": kind, "reason": reason}
             f.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
     shards = [records[i] for i in range(len(records))]
+    for folder in folders:  # a worker of a build that was killed lives a moment longer than it, and may have written
+        sweep(folder)
     Manifest(
         id=merkle_root(shards),
         n=n,
         image_bytes=ledger.image_bytes(),
         shards=shards,
         chunks=len(table),
-        chunks_sha256=hashlib.sha256((out / CHUNKS_NAME).read_bytes()).hexdigest(),
-        rejected_sha256=hashlib.sha256((out / REJECTED_NAME).read_bytes()).hexdigest(),
+        chunks_sha256=sha256_of(out / CHUNKS_NAME),
+        rejected_sha256=sha256_of(out / REJECTED_NAME),
         classes=classes,
         counts=counts,
         rejected_reasons=ledger.reasons(),
@@ -285,15 +288,14 @@ def write_shard(task: ShardTask) -> tuple[Shard, np.ndarray]:
         size, sha256, chunks = writer.finish()
     index = path.parents[1] / "index" / f"{task.number:06d}.parquet"
     write_index(index, rows)
-    index_sha256 = hashlib.sha256(index.read_bytes()).hexdigest()
-    return Shard(task.number, task.first, len(rows), size, sha256, index_sha256), chunks
+    return Shard(task.number, task.first, len(rows), size, sha256, sha256_of(index)), chunks
 
 
 def _bytes_of(image: Image, files: Files) -> bytes:
-    """What lies now where pass 1 found the image; nothing where it has gone."""
+    """What lies now where pass 1 found the image; nothing where it has gone. Raises OSError where a disk fails."""
     try:
         return files.read(image.path, image.offset, image.size + image.whole, -1 if image.whole else image.size)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return b""
 
 
@@ -301,7 +303,7 @@ COPIED = ("size", "crc32c", "sha256", "width", "height", "format", "mode", "fram
 
 
 def _nothing(sources: list[Source], ledger: Ledger, counts: dict[str, int]) -> UserError:
-    names = ", ".join(str(s.path / os.fsdecode(s.only or b"")) for s in sources[:3])
+    names = ", ".join(str(s.path) for s in sources[:3])
     if counts["rejected"]:
         source, name, _, reason = next(ledger.refused())
         return UserError(

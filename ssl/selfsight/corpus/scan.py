@@ -8,18 +8,18 @@ import hashlib
 import os
 import warnings
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import google_crc32c
 from PIL import ImageFile
 
 from selfsight.corpus.discover import image_column
-from selfsight.corpus.sources import Candidate, Unit, normal
+from selfsight.corpus.sources import UNPACK_ERRORS, Candidate, Unit, normal
+from selfsight.errors import UserError
 from selfsight.shards.decode import DecodeError, load, open_image, orientation, to_rgb
 from selfsight.shards.files import publish
 
@@ -230,37 +230,46 @@ def _zip_cells(unit: Unit, scanner: Scanner, scan: Scan) -> Iterator[tuple[Candi
                     if scanner._worth_reading(candidate, scan, lambda n, head=head: head):
                         # The declared size was checked; zipfile cuts off a member that holds more than it declares.
                         yield candidate, head + f.read(candidate.size)
-            except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as e:
+            except (*UNPACK_ERRORS, OSError) as e:
                 scan.rejected.append((candidate.name, f"cannot be unpacked ({' '.join(str(e).split())})"))
 
 
 def _parquet_cells(unit: Unit, scan: Scan) -> Iterator[tuple[Candidate, bytes]]:
-    import pyarrow.parquet as pq
-
     found = image_column(Path(unit.path))
     assert found is not None
     column, struct, label, _ = found
-    table = pq.ParquetFile(unit.path)
+    for row, cells in _parquet_rows(unit, [column, label] if label else [column]):
+        cell = cells[column]
+        name = f"row{row:012d}"
+        if struct and cell:
+            name, cell = cell.get("path") or name, cell.get("bytes")
+        tag = str(cells[label]) if label and cells[label] is not None else None
+        tag = None if tag and tag.startswith("-") else tag  # -1 is how data sets write that there is none
+        candidate = Candidate(normal(name.encode("utf-8", "surrogatepass")), unit.path, tag=tag)
+        if cell is None:
+            scan.rejected.append((candidate.name, "no bytes in its row"))
+        elif len(cell) > MAX_FILE_BYTES:
+            scan.rejected.append((candidate.name, f"larger than {MAX_FILE_BYTES >> 20} MiB"))
+        else:
+            yield candidate, cell
+
+
+def _parquet_rows(unit: Unit, columns: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number in the table, cells) of the rows of a unit. Raises UserError where the table is damaged."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     group = unit.items[0]
-    first = sum(table.metadata.row_group(g).num_rows for g in range(group))
-    columns = [column, label] if label else [column]
-    row = first
-    for batch in table.iter_batches(batch_size=64, row_groups=[group], columns=columns):
-        for cells in batch.to_pylist():
-            cell = cells[column]
-            name = f"row{row:012d}"
-            if struct and cell:
-                name, cell = cell.get("path") or name, cell.get("bytes")
-            tag = str(cells[label]) if label and cells[label] is not None else None
-            tag = None if tag and tag.startswith("-") else tag  # -1 is how data sets write that there is none
-            candidate = Candidate(normal(name.encode("utf-8", "surrogatepass")), unit.path, tag=tag)
-            row += 1
-            if cell is None:
-                scan.rejected.append((candidate.name, "no bytes in its row"))
-            elif len(cell) > MAX_FILE_BYTES:
-                scan.rejected.append((candidate.name, f"larger than {MAX_FILE_BYTES >> 20} MiB"))
-            else:
-                yield candidate, cell
+    try:
+        with open(unit.path, "rb") as f:
+            table = pq.ParquetFile(f)
+            row = sum(table.metadata.row_group(g).num_rows for g in range(group))
+            for batch in table.iter_batches(batch_size=64, row_groups=[group], columns=columns):
+                yield from enumerate(batch.to_pylist(), row)
+                row += batch.num_rows
+    # A damaged page is an OSError to pyarrow, text that is none a UnicodeDecodeError.
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{unit.path} is damaged ({e}): fetch it again, or leave it out") from None
 
 
 def _frames(image) -> int:

@@ -8,24 +8,28 @@ member, a Parquet cell) goes through a spool file.
 import bz2
 import gzip
 import hashlib
-import json
 import lzma
 import os
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from selfsight.corpus.discover import compression, image_column, kind_of_file, opened_kind, walk
 from selfsight.errors import UserError
-from selfsight.shards import tar
+from selfsight.shards import Corpus, tar
 from selfsight.shards.files import publish
+from selfsight.shards.manifest import is_corpus
 
 UNIT_FILES = 128
 UNIT_BYTES = 64 << 20
 MAX_LABEL_BYTES = 4096
+# What the decompressors raise besides OSError, which carries no errno then; RuntimeError is of a missing password.
+UNPACK_ERRORS = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError, RuntimeError)
 
 
 class Candidate(NamedTuple):
@@ -59,7 +63,7 @@ class Source:
     path: Path
     kind: str
     class_names: list[str] | None = None
-    only: bytes | None = None  # a folder of which one file was meant
+    only: tuple[bytes, ...] | None = None  # the files of a folder that were named one by one
     exclude: Path | None = None  # the corpus being built may lie inside
     spooled: Path | None = field(default=None, compare=False)
     listed: int | None = field(default=None, compare=False)  # files that `describe` counted
@@ -81,16 +85,9 @@ class Source:
         if self.spooled.exists():
             return
         opener = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}[compression(self.path) or "gzip"]
-        try:
-            with opener(self.path, "rb") as packed, publish(self.spooled) as f:
-                while block := packed.read(1 << 20):
-                    f.write(block)
-        except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as e:
-            raise self._damaged(str(e)) from None
-        except OSError as e:
-            if e.errno is None:  # bz2's way of saying that the data is not its own
-                raise self._damaged(str(e)) from None
-            raise
+        with self._unpacking(), opener(self.path, "rb") as packed, publish(self.spooled) as f:
+            while block := packed.read(1 << 20):
+                f.write(block)
 
     def remarks(self) -> list[str]:
         """What is odd about this source but no reason to refuse it."""
@@ -106,7 +103,7 @@ class Source:
     def count(self) -> int:
         """How many files (table rows) there are to look at."""
         if self.kind == "parquet":
-            return self._parquet().metadata.num_rows
+            return self._parquet_metadata().num_rows
         return sum(1 for _ in self.files()) if self.listed is None or self.spooled else self.listed
 
     def units(self, number: int, spool: Path) -> Iterator[Unit]:
@@ -120,7 +117,7 @@ class Source:
 
         made = 0
         if self.kind == "parquet":
-            for group in range(self._parquet().metadata.num_row_groups):
+            for group in range(self._parquet_metadata().num_row_groups):
                 yield unit("parquet", [group])
             return
         kind, batch, size = "ranges", [], 0
@@ -151,13 +148,13 @@ class Source:
 
     def _walk(self) -> Iterator[Candidate]:
         """The files below a folder, without the archives, which are sources of their own."""
-        if self.only is not None:
-            yield Candidate(self.only, os.path.join(self.path, os.fsdecode(self.only)))
-            return
-        for path, relative in walk(self.path, self.exclude):
-            if opened_kind(path) is None:
-                problem = None if os.path.isfile(path) else "a dangling link or not a regular file"
-                yield Candidate(os.fsencode(relative), path, problem=problem)
+        if self.only is None:
+            files = ((p, r) for p, r in walk(self.path, self.exclude) if opened_kind(p) is None)
+        else:
+            files = ((f"{self.path}/{name}", name) for name in map(os.fsdecode, self.only))
+        for path, relative in files:
+            problem = None if os.path.isfile(path) else "a dangling link or not a regular file"
+            yield Candidate(os.fsencode(relative), path, problem=problem)
 
     def _tar_members(self) -> Iterator[Candidate]:
         path = self.spooled or self.path
@@ -183,11 +180,7 @@ class Source:
                 raise self._damaged(str(e)) from None
 
     def _zip_members(self) -> Iterator[Candidate]:
-        try:
-            archive = zipfile.ZipFile(self.path)
-        except (zipfile.BadZipFile, ValueError) as e:
-            raise self._damaged(str(e)) from None
-        with archive, open(self.path, "rb") as f:
+        with self._unpacking(), zipfile.ZipFile(self.path) as archive, open(self.path, "rb") as f:
 
             def found() -> Iterator[Candidate]:
                 for number, info in enumerate(archive.infolist()):
@@ -215,17 +208,36 @@ class Source:
 
             yield from tagged(found(), text)
 
-    def _parquet(self):
+    def _parquet_metadata(self):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         try:
-            return pq.ParquetFile(self.path)
+            with open(self.path, "rb") as f:  # pyarrow takes no path that is not UTF-8
+                return pq.read_metadata(f)
         except pa.ArrowInvalid as e:
             raise self._damaged(str(e)) from None
 
+    @contextmanager
+    def _unpacking(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            raise
+        except (*UNPACK_ERRORS, ValueError) as e:
+            raise self._damaged(str(e)) from None
+        except OSError as e:
+            if e.errno is None:
+                raise self._damaged(str(e)) from None
+            raise
+
     def _damaged(self, what: str) -> UserError:
         return UserError(f"{self.path} is damaged ({what}): fetch it again, or leave it out")
+
+
+def shown(name: bytes) -> str:
+    """A file name as text; bytes that are not UTF-8 are written as escapes."""
+    return name.decode("utf-8", "backslashreplace")
 
 
 def normal(name: bytes) -> bytes:
@@ -264,53 +276,57 @@ def find_sources(inputs: Iterable[str | Path], out: Path) -> list[Source]:
     Archives inside a folder are sources too. Raises UserError for what does not exist or is of no known kind.
     """
     found: dict[Path, Source] = {}
+    single: dict[Path, set[bytes]] = {}
     for given in inputs:
-        path = Path(given)
+        path = Path(os.path.abspath(given))
         if not path.exists():
             raise UserError(f"{given} does not exist: name a folder, an archive or a Parquet file of images")
-        path = path.resolve()
-        if path == out:
+        if path.resolve() == out:
             raise UserError(f"{given} is the corpus to be written: choose another --out")
-        for source in _expand(path, out):
-            found.setdefault(source.path / os.fsdecode(source.only or b""), source)
-    sources = sorted(found.values(), key=lambda s: (s.name, str(s.path)))
-    for source in sources:  # two of one name keep as much of their paths as tells them apart
-        twins = [s for s in sources if s is not source and s.name == source.name]
-        if twins:
-            source.name = str(source.path).lstrip("/")
-    return sorted(sources, key=lambda s: (s.name, str(s.path)))
+        if path.is_dir() or kind_of_file(path):
+            for source in _expand(path, out):
+                found.setdefault(source.path, source)
+        else:
+            single.setdefault(path.parent, set()).add(os.fsencode(path.name))
+    files = [Source(path.name, path, "folder", only=tuple(sorted(names))) for path, names in single.items()]
+    return _told_apart([*found.values(), *files])
+
+
+def _told_apart(sources: list[Source]) -> list[Source]:
+    """In order of their names, of which two alike take in as much of their paths as tells them apart."""
+    for source in sources:
+        source.name = shown(os.fsencode(source.name))
+    for depth in range(2, max((len(s.path.parts) for s in sources), default=0)):
+        times = Counter(s.name for s in sources)
+        for source in sources:
+            if times[source.name] > 1:
+                source.name = shown(os.fsencode("/".join(source.path.parts[-depth:])))
+    return sorted(sources, key=lambda s: (s.name, str(s.path), s.only or ()))
 
 
 def _expand(path: Path, out: Path) -> Iterator[Source]:
     if not path.is_dir():
-        kind = kind_of_file(path)
-        if kind == "parquet" and image_column(path) is None:
+        source = _archive(path.name, path, kind_of_file(path) or "")
+        if source.kind == "parquet" and image_column(path) is None:
             raise UserError(f"{path} has no column of image bytes: name another file")
-        if kind:
-            yield _archive(path.name, path, kind)
-        else:
-            yield Source(path.name, path.parent, "folder", only=os.fsencode(path.name))
-        return
-    names = _corpus_classes(path)
-    if (path / "shards").is_dir() and names is not False:
-        for shard in sorted((path / "shards").glob("*.tar")):
-            yield Source(f"{path.name}/shards/{shard.name}", shard, "tar", class_names=names or None)
-        return
-    yield Source(path.name, path, "folder", exclude=out)
-    for archive, relative in walk(path, out):
-        if kind := opened_kind(archive):
-            yield _archive(f"{path.name}/{relative}", Path(archive), kind)
+        yield source
+    elif is_corpus(path):
+        corpus = Corpus.open(path)
+        for shard in corpus.manifest.shards:
+            yield Source(f"{path.name}/{shard.tar}", path / shard.tar, "tar", class_names=corpus.classes)
+    else:
+        yield Source(path.name, path, "folder", exclude=out)
+        class_names: dict[Path, list[str] | None] = {}  # of the corpora on the way
+        for archive, relative in walk(path, out):
+            if kind := opened_kind(archive):
+                source = _archive(f"{path.name}/{relative}", Path(archive), kind)
+                home = source.path.parents[1]
+                if home not in class_names:
+                    class_names[home] = Corpus.open(home).classes if is_corpus(home) else None
+                source.class_names = source.class_names or class_names[home]
+                yield source
 
 
 def _archive(name: str, path: Path, kind: str) -> Source:
     column = image_column(path) if kind == "parquet" else None
     return Source(name, path, kind, class_names=column[3] if column else None)
-
-
-def _corpus_classes(path: Path) -> Any:
-    """The class names of a finished corpus, None without labels, False where `path` is no corpus."""
-    try:
-        manifest = json.loads((path / "manifest.json").read_bytes())
-        return manifest["classes"] if manifest["kind"] == "selfsight-corpus" else False
-    except (OSError, ValueError, KeyError, TypeError):
-        return False

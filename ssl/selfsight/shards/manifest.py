@@ -115,6 +115,14 @@ class Manifest:
             raise _malformed(path, "the id is not that of the shards listed")
 
 
+def is_corpus(folder: Path) -> bool:
+    """Whether there is a manifest of a corpus, sound or not."""
+    try:
+        return json.loads((folder / NAME).read_bytes())["kind"] == KIND
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
+
+
 def merkle_root(shards: list[Shard]) -> str:
     """SHA-256 Merkle root over (shard digest, count), in shard order; leaves and nodes have domains of their own."""
     level = [hashlib.sha256(b"\0" + bytes.fromhex(s.sha256) + s.count.to_bytes(8, "big")).digest() for s in shards]
