@@ -58,6 +58,27 @@ def test_kill_and_rerun(moment, many, tmp_path):
     assert verify(out, workers=1) == []
 
 
+@pytest.mark.parametrize("children", [2, 3])  # multiprocessing's tracker and the first worker; one worker more
+def test_ctrl_c_is_one_line_however_early(children, many, tmp_path):
+    command = [sys.executable, "-m", "launch", "corpus", "build", many, "--out", tmp_path / "out", "--workers", "2"]
+    process = subprocess.Popen(
+        [*map(str, command)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    born = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while process.poll() is None and len(born.read_text().split()) < children:
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate()
+    assert (process.returncode, err.splitlines()[-1]) == (130, "selfsight: interrupted")
+    assert "Traceback" not in err
+    assert build([many], tmp_path / "out", workers=1).n == 1000
+
+
 def test_finished_work_is_not_done_twice(many, tmp_path, monkeypatch):
     """A build that fails while publishing keeps its scan and its shards."""
     import selfsight.corpus.ingest as ingest
@@ -74,6 +95,37 @@ def test_finished_work_is_not_done_twice(many, tmp_path, monkeypatch):
     build([many], tmp_path / "out", workers=1, shard_bytes=40 << 10)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out/shards").iterdir()} == before
     assert verify(tmp_path / "out", workers=1) == []
+
+
+def test_a_disk_that_fails_costs_no_work(many, tmp_path, monkeypatch):
+    """Neither a source that cannot be read for a moment nor shards that somebody removed spoil what was done."""
+    from selfsight.corpus.scan import Files
+
+    read, victim = Files.read, str(many / "3/999.bmp").encode()
+
+    def failing(self: Files, path: bytes, *args: int) -> bytes:
+        if path == victim:
+            raise OSError(5, "Input/output error", path)
+        return read(self, path, *args)
+
+    with monkeypatch.context() as m:
+        m.setattr(Files, "read", failing)
+        with pytest.raises(UserError, match="Input/output error"):
+            build([many], tmp_path / "out", workers=1, shard_bytes=40 << 10)
+    done = sorted((tmp_path / "out/shards").iterdir())
+    assert len(done) > 1
+    done[0].unlink()
+    build([many], tmp_path / "out", workers=1, shard_bytes=40 << 10)
+    assert verify(tmp_path / "out", workers=1) == []
+
+
+def test_what_sqlite_cannot_do_is_an_error_of_the_disk(tmp_path):
+    ledger = Ledger(tmp_path, "digest")
+    ledger._db.execute("DROP TABLE images")
+    for ask in (ledger.counts, lambda: list(ledger.images())):
+        with pytest.raises(OSError, match=r"ledger\.sqlite: no such table"):
+            ask()
+    ledger.close()
 
 
 def test_another_build_in_an_unfinished_folder_is_refused(photos, tmp_path):

@@ -93,13 +93,11 @@ class Ledger:
 
     def images(self) -> Iterator[Image]:
         """In the order of the corpus."""
-        return map(Image._make, self._db.execute(f"SELECT * FROM images ORDER BY {KEY}"))
+        return map(Image._make, self._select(f"SELECT * FROM images ORDER BY {KEY}"))
 
     def refused(self) -> Iterator[tuple[int, bytes, str, str]]:
         """(source, name, kind, reason) of what is not in the corpus."""
-        return iter(
-            self._db.execute("SELECT source, name, kind, reason FROM refused ORDER BY kind, source, name, reason")
-        )
+        return self._select("SELECT source, name, kind, reason FROM refused ORDER BY kind, source, name, reason")
 
     def reasons(self) -> dict[str, int]:
         return dict(
@@ -113,7 +111,14 @@ class Ledger:
         self._insert("INSERT OR REPLACE INTO shards VALUES (?, ?, ?)", [(number, record, chunks)])
 
     def _rows(self, sql: str) -> list[Any]:
-        return self._db.execute(sql).fetchall()
+        return list(self._select(sql))
+
+    def _select(self, sql: str) -> Iterator[Any]:
+        try:
+            for row in self._db.execute(sql):  # noqa: UP028 - `yield from` would close the cursor after its connection
+                yield row
+        except sqlite3.DatabaseError as e:  # sorting takes room on the disk, too
+            raise sqlite_error(e, self._folder) from None
 
     def _insert(self, sql: str, rows: Any) -> None:
         try:
@@ -123,8 +128,8 @@ class Ledger:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN")
         try:
+            self._db.execute("BEGIN")
             yield
             self._db.execute("COMMIT")
         except sqlite3.DatabaseError as e:

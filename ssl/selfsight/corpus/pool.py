@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing.connection import wait as wait_for
 from typing import TypeVar
 
@@ -32,10 +33,15 @@ def each(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     try:
         tasks = iter(tasks)
-        running = {pool.submit(function, task) for task in itertools.islice(tasks, 3 * workers)}
-        while running:
+        running, wanted = set(), 3 * workers
+        while True:
+            for task in itertools.islice(tasks, wanted):
+                with _interrupt_held():
+                    running.add(pool.submit(function, task))
+            if not running:
+                return
             done, running = wait(running, return_when=FIRST_COMPLETED)
-            running |= {pool.submit(function, task) for task in itertools.islice(tasks, len(done))}
+            wanted = len(done)
             for future in done:
                 yield future.result()
     except BrokenProcessPool:
@@ -46,8 +52,17 @@ def each(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+@contextmanager
+def _interrupt_held() -> Iterator[None]:
+    """Processes started inside never hear Ctrl-C, not even while they import: the parent does, and stops them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and stops handing out tasks
     # A worker whose parent was killed would wait for tasks for ever.
     parent = multiprocessing.parent_process()
     if parent is not None:
