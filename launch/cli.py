@@ -4,6 +4,7 @@ Verbs are imported only to build their parsers, which touches nothing heavy, so 
 """
 
 import argparse
+import io
 import os
 import sys
 from typing import NoReturn
@@ -45,6 +46,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # file names are bytes, not all of them are text
     args = parse(argv)
     try:
         return args.run(args)
@@ -55,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"selfsight: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("selfsight: interrupted", file=sys.stderr)
+        print("selfsight: interrupted; the same command again goes on", file=sys.stderr)
         return 130
 
 
