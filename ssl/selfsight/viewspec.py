@@ -6,6 +6,8 @@ with one entry per spec name: a crop is uint8 of shape (count, B, 3, size, size)
 
 from dataclasses import dataclass
 
+from selfsight.errors import UserError, check_range
+
 # ImageNet's channel statistics, on a 0–1 scale: what every encoder here is trained and fed with.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -30,6 +32,19 @@ class CropSpec:
     blur: tuple[float, ...] = ()  # probability of a Gaussian blur, for each of the `count` crops; empty = never
     blur_radius: tuple[float, float] = (0.1, 2.0)  # PIL radius in pixels
     solarize: tuple[float, ...] = ()  # probability, for each of the `count` crops; empty = never
+
+    def __post_init__(self) -> None:
+        """Raises UserError for crops that cannot be made."""
+        named = {"count": (1,), "size": (1,), "flip": (0, 1), "jitter": (0, 1), "grayscale": (0, 1), "hue": (0, 0.5)}
+        for key, limits in {**named, **dict.fromkeys(("brightness", "contrast", "saturation"), (0,))}.items():
+            check_range(f"{key} of the {self.name} crops", getattr(self, key), *limits)
+        for key in ("blur", "solarize"):
+            for probability in getattr(self, key):
+                check_range(f"{key} of the {self.name} crops", probability, 0, 1)
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise UserError(f"scale of the {self.name} crops is {list(self.scale)}: give 0 < from ≤ to ≤ 1")
+        if not 0 <= self.blur_radius[0] <= self.blur_radius[1]:
+            raise UserError(f"blur_radius of the {self.name} crops is {list(self.blur_radius)}: give 0 ≤ from ≤ to")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 
 from selfsight.encoders.encoder import Encoder, PosInterpolation
-from selfsight.errors import UserError
+from selfsight.errors import UserError, check_range
 from selfsight.recipe import EncoderConfig
 
 # Arguments of timm that have their own key in a recipe, or that would take the encoder's contract away.
@@ -37,6 +37,10 @@ def build(config: EncoderConfig, *, drop_path: bool = True, pos_interpolation: P
     """
     _check_name(config.name)
     _check_args(config.args)
+    check_range("encoder.drop_path_rate", config.drop_path_rate, 0, 1)
+    for key in ("patch_size", "embed_dim", "depth", "num_heads"):
+        if isinstance(value := config.args.get(key), int):
+            check_range(f"encoder.args.{key}", value, 1)
     try:
         vit = timm.create_model(
             config.name,
@@ -46,7 +50,7 @@ def build(config: EncoderConfig, *, drop_path: bool = True, pos_interpolation: P
             global_pool="",  # whether there is a class token to pool is known once it is built
             **model_args(config),
         )
-    except (TypeError, AssertionError, ValueError, RuntimeError) as e:
+    except (TypeError, AssertionError, ValueError, RuntimeError, LookupError, ArithmeticError) as e:
         raise UserError(f"timm cannot build {config.name} with encoder.args={config.args}: {_one_line(e)}") from e
     if type(vit) is not VisionTransformer or not isinstance(vit.patch_embed, PatchEmbed):
         raise UserError(f"timm's {config.name} is not a plain Vision Transformer: choose one that is")

@@ -24,7 +24,7 @@ def find(name: str) -> type[Objective]:
         raise UserError(f"no objective is called {name!r}: there are {', '.join(available())}")
     try:
         module = importlib.import_module(path)
-    except ModuleNotFoundError as e:
+    except (ModuleNotFoundError, TypeError) as e:  # TypeError: a name that begins with a dot
         raise UserError(f"objective {name!r} cannot be imported: {e}") from e
     found = [
         c

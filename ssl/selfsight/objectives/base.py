@@ -29,6 +29,7 @@ class Progress:
     def epoch(self) -> int:
         return self.step // self.steps_per_epoch
 
+
 @dataclass
 class Outcome:
     """What a forward pass gives. `loss` is a scalar with a graph; the rest is detached."""

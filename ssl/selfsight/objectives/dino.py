@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from selfsight import encoders
 from selfsight.collective import Collective
-from selfsight.errors import UserError
+from selfsight.errors import UserError, check_range
 from selfsight.objectives.base import Objective, Outcome, ParameterRule, Progress
 from selfsight.recipe import EncoderConfig
 from selfsight.viewspec import CropSpec, ViewSpec
@@ -112,16 +112,18 @@ class DINO(Objective):
             blur_radius=_range(c.blur_radius),
             solarize=(0.0, c.solarize),
         )
-        local_crops = replace(
-            global_crops,
-            name="local",
-            count=c.local_crops_number,
-            size=c.local_crops_size,
-            scale=_range(c.local_crops_scale),
-            blur=(local,) * c.local_crops_number,
-            solarize=(),
-        )
-        crops = tuple(crop for crop in (global_crops, local_crops) if crop.count)
+        crops = (global_crops,)
+        if c.local_crops_number:
+            local_crops = replace(
+                global_crops,
+                name="local",
+                count=c.local_crops_number,
+                size=c.local_crops_size,
+                scale=_range(c.local_crops_scale),
+                blur=(local,) * c.local_crops_number,
+                solarize=(),
+            )
+            crops += (local_crops,)
         for crop in crops:
             self.student.grid(crop.size)  # refuses a size that the patch does not divide before any image is read
         return ViewSpec(crops)
@@ -211,8 +213,14 @@ def _checked(c: DINOConfig) -> DINOConfig:
         if len(getattr(c, name)) != 2:
             raise UserError(f"objective.{name} should be two numbers: from, to")
     for name in ("student_temp", "teacher_temp", "warmup_teacher_temp"):
-        if getattr(c, name) <= 0:
+        if not 0 < getattr(c, name) < math.inf:
             raise UserError(f"objective.{name} should be above 0")
+    for name in ("out_dim", "hidden_dim", "bottleneck_dim", "head_layers"):
+        check_range(f"objective.{name}", getattr(c, name), 1)
+    for name in ("local_crops_number", "warmup_teacher_temp_epochs", "freeze_last_layer"):
+        check_range(f"objective.{name}", getattr(c, name), 0)
+    for name in ("center_momentum", "momentum_teacher"):
+        check_range(f"objective.{name}", getattr(c, name), 0, 1)
     return c
 
 

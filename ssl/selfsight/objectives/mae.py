@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from selfsight import encoders
 from selfsight.collective import Collective
 from selfsight.encoders.positions import sincos_table
-from selfsight.errors import UserError
+from selfsight.errors import UserError, check_range
 from selfsight.objectives.base import Objective, Outcome, Progress
 from selfsight.recipe import EncoderConfig
 from selfsight.viewspec import CropSpec, NoiseSpec, ViewSpec
@@ -39,6 +39,9 @@ class MAE(Objective):
     def __init__(self, config: MAEConfig, encoder: EncoderConfig, collective: Collective | None = None) -> None:
         super().__init__(config, encoder, collective)
         self.config = config
+        for key in ("decoder_embed_dim", "decoder_depth", "decoder_num_heads"):
+            check_range(f"objective.{key}", getattr(config, key), 1)
+        check_range("objective.mask_ratio", config.mask_ratio, 0, 1)
         self.student = encoders.build(encoder)
         p = self.student.patch_size
         grid = self.student.grid(config.crop_size)

@@ -6,7 +6,7 @@ since they differ: DINO's (utils.py `cosine_scheduler`) includes its end point, 
 
 import math
 
-from selfsight.errors import UserError
+from selfsight.errors import UserError, check_range
 from selfsight.objectives import Progress
 from selfsight.recipe import OptimizerConfig
 
@@ -56,6 +56,10 @@ def check(config: OptimizerConfig, epochs: float) -> None:
     """Raises UserError for schedules that cannot be drawn."""
     if config.warmup not in ("dino", "mae"):
         raise UserError(f"optimizer.warmup is {config.warmup!r}: choose dino or mae")
+    for key in ("base_lr", "min_lr", "warmup_epochs", "weight_decay", "clip"):
+        check_range(f"optimizer.{key}", getattr(config, key), 0)
+    if config.weight_decay_end is not None:
+        check_range("optimizer.weight_decay_end", config.weight_decay_end, 0)
     if config.warmup_epochs > epochs:
         raise UserError(
             f"the warm-up of {config.warmup_epochs:g} epochs is longer than the run of {epochs:g}: "
