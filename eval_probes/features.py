@@ -132,26 +132,36 @@ def pick_device(name: str | torch.device | None = None) -> torch.device:
 
 def check_pair(train: Features, test: Features) -> int:
     """The number of classes that `train` and `test` share. Raises UserError when a probe on them would mean nothing."""
-    for features in (train, test):
-        if features.y is None or features.classes is None or (features.y < 0).any():
-            raise UserError(
-                f"{features.corpus} has no labels: a probe needs them; build it from folders named by class"
-            )
-    if train.classes != test.classes:
-        raise UserError(
-            f"{train.corpus} and {test.corpus} have different classes ({_differing(train.classes, test.classes)}): "
-            "build both from folders with the same names"
-        )
     if (train.weights_digest, train.pooling) != (test.weights_digest, test.pooling):
         raise UserError("train and test features come from different weights or pooling: extract both alike")
-    if train.corpus_id == test.corpus_id:
-        raise UserError(f"{train.corpus} and {test.corpus} are the same corpus: test on images that were held out")
-    assert train.classes is not None
-    return len(train.classes)
+    return _check_labels(
+        *((f.corpus, f.corpus_id, f.classes, f.y is not None and bool((f.y >= 0).all())) for f in (train, test))
+    )
 
 
-def _differing(a: list[str] | None, b: list[str] | None) -> str:
-    only = sorted(set(a or ()) ^ set(b or ()))
+def check_corpora(train: Corpus, test: Corpus) -> None:
+    """Raises UserError when a probe on two corpora would mean nothing, before any feature is computed."""
+    _check_labels(*((str(c.path), c.id, c.classes, c.classes is not None) for c in (train, test)))
+
+
+def _check_labels(train: tuple, test: tuple) -> int:
+    """Of two corpora (name, id, classes, whether every image has a label): the number of classes they share."""
+    for name, _, classes, labelled in (train, test):
+        if classes is None or not labelled:
+            raise UserError(f"{name} has no labels: a probe needs them; build it from folders named by class")
+    (first, first_id, classes, _), (second, second_id, others, _) = train, test
+    if classes != others:
+        raise UserError(
+            f"{first} and {second} have different classes ({_differing(classes, others)}): "
+            "build both from folders with the same names"
+        )
+    if first_id == second_id:
+        raise UserError(f"{first} and {second} are the same corpus: test on images that were held out")
+    return len(classes)
+
+
+def _differing(a: list[str], b: list[str]) -> str:
+    only = sorted(set(a) ^ set(b))
     return f"{', '.join(only[:3])}{' …' if len(only) > 3 else ''} in only one" if only else "another order"
 
 

@@ -72,16 +72,14 @@ class ResultsStore:
         """Appends `score` and returns its row number. Raises UserError when the file is not a results store."""
         values = {**score.to_dict(), "details": json.dumps(score.details, sort_keys=True)}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self._open() as db:
-            db.execute("PRAGMA journal_mode=WAL")
-            with db:
-                db.execute("BEGIN IMMEDIATE")
-                _create(db, self.path)
-                row = db.execute(
-                    f"INSERT INTO scores (created, {', '.join(self.COLUMNS)}) "
-                    f"VALUES (?, {', '.join('?' * len(self.COLUMNS))})",
-                    (datetime.now(UTC).isoformat(timespec="seconds"), *(values[c] for c in self.COLUMNS)),
-                )
+        with self._open() as db, db:
+            db.execute("BEGIN IMMEDIATE")
+            _create(db, self.path)
+            row = db.execute(
+                f"INSERT INTO scores (created, {', '.join(self.COLUMNS)}) "
+                f"VALUES (?, {', '.join('?' * len(self.COLUMNS))})",
+                (datetime.now(UTC).isoformat(timespec="seconds"), *(values[c] for c in self.COLUMNS)),
+            )
         assert row.lastrowid is not None
         return row.lastrowid
 
@@ -89,15 +87,16 @@ class ResultsStore:
         """Every score, oldest first."""
         if not self.path.is_file():
             return []
-        with self._open() as db:
+        with self._open("ro") as db:
             _version(db, self.path)
             found = db.execute(f"SELECT {', '.join(self.COLUMNS)} FROM scores ORDER BY id").fetchall()
         return [Score(**{**dict(zip(self.COLUMNS, row, strict=True)), "details": json.loads(row[-1])}) for row in found]
 
     @contextmanager
-    def _open(self) -> Iterator[sqlite3.Connection]:
+    def _open(self, mode: str = "rwc") -> Iterator[sqlite3.Connection]:
+        uri = f"{self.path.absolute().as_uri()}?mode={mode}"
         try:
-            with closing(sqlite3.connect(self.path, timeout=WAIT, isolation_level=None)) as db:
+            with closing(sqlite3.connect(uri, uri=True, timeout=WAIT, isolation_level=None)) as db:
                 yield db
         except sqlite3.DatabaseError as e:
             raise UserError(f"{self.path} cannot be used as a results store ({e}): choose another file") from e

@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,19 +56,26 @@ class FeatureStore:
             for name in (ARRAY, KEY):
                 with (temporary / name).open("rb") as f:
                     os.fsync(f.fileno())
-            if _read(entry, shape) is None:
-                shutil.rmtree(entry, ignore_errors=True)  # damaged
-            try:
-                os.rename(temporary, entry)
-            except OSError:
-                if not entry.is_dir():
-                    raise
-            sync_folder(self.folder)
+            # Mapped under its own name: should others replace the entry at this moment, these bytes stay.
+            own = _read(temporary, shape)
+            assert own is not None
+            self._publish(temporary, entry, shape)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        array = _read(entry, shape)
-        assert array is not None
-        return array
+        published = _read(entry, shape)
+        return own if published is None else published
+
+    def _publish(self, temporary: Path, entry: Path, shape: tuple[int, int]) -> None:
+        try:
+            os.rename(temporary, entry)
+        except OSError:
+            if not entry.is_dir():
+                raise
+            if _read(entry, shape) is None:  # damaged
+                shutil.rmtree(entry, ignore_errors=True)
+                with suppress(OSError):  # another process was faster
+                    os.rename(temporary, entry)
+        sync_folder(self.folder)
 
     def _reserve(self, shape: tuple[int, int]) -> None:
         # Writing to a mapped file on a full disk kills the process instead of raising an error.

@@ -4,8 +4,6 @@ In: the run, and the corpora its encoders are shown on. Out: report.html, writte
 data for is left out with a word about it.
 """
 
-import os
-import tempfile
 from collections import Counter
 from importlib import resources
 from pathlib import Path
@@ -22,6 +20,7 @@ from eval_probes.results import ResultsStore, Score
 from selfsight import __version__
 from selfsight.errors import UserError
 from selfsight.shards.corpus import Corpus
+from selfsight.shards.files import publish
 
 
 def build_report(run: Path, *, train: Path | None = None, test: Path | None = None, out: Path | None = None) -> Path:
@@ -128,14 +127,5 @@ def _render(context: dict[str, Any]) -> str:
 
 def _write(target: Path, text: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with publish(target) as file:
+        file.write(text.encode())

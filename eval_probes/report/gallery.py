@@ -16,6 +16,7 @@ from eval_probes.pooling import Pooling
 from eval_probes.report import pictures
 from selfsight import load_pretrained
 from selfsight.encoders.statistics import feature_spread, rankme
+from selfsight.errors import UserError
 from selfsight.shards.corpus import Corpus
 from selfsight.shards.decode import decode_image
 from selfsight.weights.folder import Export
@@ -186,7 +187,10 @@ def _as_numbered_by(asked: Corpus, train: Corpus, labels: np.ndarray) -> np.ndar
 
 
 def _image(corpus: Corpus, ordinal: int) -> Image.Image:
-    return decode_image(corpus.sample(ordinal).data)
+    try:
+        return decode_image(corpus.sample(ordinal).data)
+    except ValueError as e:  # of damaged shards and images; features kept from before do not notice
+        raise UserError(f"{corpus.path}: sample {ordinal} cannot be read ({e}): run selfsight corpus verify") from e
 
 
 def _caption(corpus: Corpus, labels: np.ndarray | None, ordinal: int) -> str:

@@ -47,14 +47,16 @@ def _common(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from eval_probes.features import extract
+    from eval_probes.features import check_corpora, extract
     from eval_probes.results import ResultsStore
     from selfsight.console import say
     from selfsight.errors import UserError
+    from selfsight.shards.corpus import Corpus
     from selfsight.weights.run import run_of
 
     if args.batch_size < 1 or (args.workers is not None and args.workers < 0):
         raise UserError("--batch-size must be at least 1 and --workers at least 0")
+    check_corpora(Corpus.open(args.train), Corpus.open(args.test))  # before the hours that features may take
     train, test = (
         extract(
             args.weights,
@@ -70,13 +72,13 @@ def run(args: argparse.Namespace) -> int:
         for corpus in (args.train, args.test)
     )
     score = args.score(args, train, test)
+    print(json.dumps(asdict(score)) if args.json else _line(score), flush=True)
     stores = [Path(args.results)] if args.results else []
     if owner := run_of(Path(args.weights)):
         stores.append(owner / "results.sqlite")
     for store in dict.fromkeys(stores):
         ResultsStore(store).add(score)
         say(f"written to {store}")
-    print(json.dumps(asdict(score)) if args.json else _line(score))
     return 0
 
 
