@@ -104,9 +104,12 @@ def _run(path: Path) -> dict[str, Any]:
 
 
 def _state(checkpoint: Path) -> dict[str, Any]:
+    from selfsight.errors import UserError
+    from selfsight.weights.run import read_state
+
     try:
-        return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_state(checkpoint)
+    except UserError:
         return {}  # a run that is being written is no reason to say nothing
 
 

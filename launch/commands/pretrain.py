@@ -8,6 +8,8 @@ import argparse
 import os
 import sys
 
+from selfsight.errors import UserError
+
 STOPPED = 85
 
 
@@ -18,7 +20,8 @@ def add(subparsers) -> None:
         description="Trains as CONFIG says: a YAML file, or a recipe that comes with selfsight such as "
         "dino/vit_small_patch16_imagenet. A run continues by itself where it was stopped. SIGINT, SIGTERM and SIGUSR1 "
         "finish the step in hand, write a checkpoint and exit with 85. On several GPUs: "
-        "torchrun --nproc-per-node N -m launch pretrain CONFIG …",
+        "torchrun --nproc-per-node N -m launch pretrain CONFIG … (torchrun itself then exits with 1). Continuing "
+        "un-pickles the optimiser's state, so continue runs of your own; exports are free of pickles.",
     )
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="such as corpus=DIR output=RUN epochs=10")
@@ -33,24 +36,35 @@ def run(args: argparse.Namespace) -> int:
     if args.print:
         return _print(recipe)
 
-    from selfsight.errors import UserError
-    from selfsight.training import Diverged, Stopped, pretrain
+    import torch
+
+    from selfsight.training import AgreedError, Diverged, Stopped, pretrain
 
     try:
         path = pretrain(recipe)
-    except Stopped as e:
-        print(f"selfsight: {e}", file=sys.stderr)
-        return STOPPED
-    except Diverged as e:
-        print(f"selfsight: {e}", file=sys.stderr)
-        return 1
-    except UserError:
-        if os.environ.get("RANK", "0") != "0":  # said by rank 0
-            return 2
-        raise
-    if os.environ.get("RANK", "0") == "0":
+    except (Stopped, Diverged, AgreedError) as e:  # the same on every rank
+        if _first():
+            print(f"selfsight: {e}", file=sys.stderr)
+        return STOPPED if isinstance(e, Stopped) else 1 if isinstance(e, Diverged) else 2
+    except torch.OutOfMemoryError as e:
+        raise UserError(
+            "the GPU's memory does not hold this: raise training.accumulation, which cuts the same batch into smaller "
+            f"parts, or lower batch_size ({str(e).split('. ')[0]})"
+        ) from e
+    except RuntimeError as e:
+        if "gloo/transport" not in str(e) and not isinstance(e, torch.distributed.DistBackendError):
+            raise
+        raise UserError(
+            "another process of this job has ended, and its own message says why; the same command continues from the "
+            "newest checkpoint"
+        ) from e
+    if _first():
         print(path)
     return 0
+
+
+def _first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _print(recipe) -> int:

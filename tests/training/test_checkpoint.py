@@ -6,6 +6,7 @@ import pytest
 
 from selfsight.errors import UserError
 from selfsight.training import checkpoint
+from selfsight.weights.run import read_state
 
 STATE = {
     "schema": 1,
@@ -62,7 +63,7 @@ def test_only_complete_ones_count(tmp_path):
 def test_damaged_and_newer_state_is_a_sentence(tmp_path):
     (tmp_path / "state.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
-        checkpoint.read_state(tmp_path)
+        read_state(tmp_path)
     (tmp_path / "state.json").write_text(json.dumps({**STATE, "schema": 2}))
     with pytest.raises(UserError, match="newer selfsight"):
-        checkpoint.read_state(tmp_path)
+        read_state(tmp_path)

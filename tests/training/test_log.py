@@ -1,6 +1,7 @@
 """metrics.jsonl: strict JSON, cut back to where a run continues."""
 
 import json
+from math import isnan
 
 from selfsight.training.log import FILE, Log, cut
 
@@ -16,6 +17,8 @@ def test_lines_are_strict_json_and_later_ones_are_cut(tmp_path):
     with (tmp_path / FILE).open("a") as file:
         file.write('{"step": 6, "los')
     again = Log(tmp_path, 4)
+    assert [r["step"] for r in again.records] == [1, 2, 3, 4]  # what a monitor should have seen
+    assert isnan(again.records[1]["loss"])
     again.record(5, {"loss": 0.5})
     again.close()
     steps = [json.loads(line)["step"] for line in (tmp_path / FILE).read_text(encoding="utf-8").splitlines()]

@@ -142,6 +142,21 @@ def test_a_signal_ends_the_run_with_a_checkpoint(command, spawn, tmp_path):
         (["optimizer.warmup_epochs=3"], "longer than the run"),
         (["optimizer.warmup=cubic"], "choose dino or mae"),
         (["epochs=0"], "give a positive number"),
+        (["epochs=.inf"], "give a positive number"),
+        (["stream.workers=-1"], "stream.workers is -1: give 0 or more"),
+        (["seed=123456789012345678901234567890"], "seed is 123456789012345678901234567890"),
+        (["optimizer.base_lr=.nan"], "optimizer.base_lr is nan"),
+        (["optimizer.min_lr=-1"], "optimizer.min_lr is -1"),
+        (["optimizer.betas=[0.9, 1.5]"], "optimizer.betas is [0.9, 1.5]"),
+        (["encoder.drop_path_rate=2"], "encoder.drop_path_rate is 2"),
+        (["encoder.args={patch_size: 0}"], "encoder.args.patch_size is 0"),
+        (["objective.out_dim=0"], "objective.out_dim is 0"),
+        (["objective.local_crops_number=-1"], "objective.local_crops_number is -1"),
+        (["objective.global_crops_size=0"], "size of the global crops is 0"),
+        (["objective.global_crops_scale=[0.5, 2]"], "scale of the global crops is [0.5, 2.0]"),
+        (["objective.flip=2"], "flip of the global crops is 2"),
+        (["objective.momentum_teacher=2"], "objective.momentum_teacher is 2"),
+        (["objective.name=.dino"], "cannot be imported"),
         (["optimizer.learning_rate=1"], "unknown recipe key optimizer.learning_rate"),
         (["encoder.name=resnet50"], "resnet50"),
         (["objective.name=dinosaur"], "no objective is called 'dinosaur'"),
@@ -220,6 +235,49 @@ def test_a_loss_that_is_not_finite_moves_nothing_and_ends_the_run_after_a_while(
     assert [e["step"] for e in events if "event" in e] == list(range(3, 13))
     weights = read(tmp_path / "run")[1]  # of step 9, after seven refused steps
     assert all(w.isfinite().all() for w in weights.values())
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_a_checkpoint_with_files_missing_is_not_continued_from(selfsight, command, tmp_path, capsys, monkeypatch, zero):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        assert selfsight(command("run", f"training.zero={zero}")) == 85
+    checkpoint = tmp_path / "run/checkpoints/step_00000001"
+    for name in ("deepspeed", "objective.safetensors"):
+        whole = tmp_path / name
+        (checkpoint / name).rename(whole)
+        if whole.is_dir():  # its newest file only: what a broken copy leaves
+            shutil.copytree(whole, checkpoint / name)
+            max((checkpoint / name).glob("*.pt")).unlink()
+        capsys.readouterr()
+        assert selfsight(command("run", f"training.zero={zero}")) == 2
+        said = capsys.readouterr().err
+        assert name in said
+        assert "Traceback" not in said
+        shutil.rmtree(checkpoint / name, ignore_errors=True)
+        whole.rename(checkpoint / name)
+
+
+def test_a_kill_before_the_last_export_is_made_good(selfsight, command, tmp_path):
+    assert selfsight(command()) == 0
+    last = tmp_path / "run/exports/step_00000012"
+    before = {p.name: p.read_bytes() for p in last.iterdir()}
+    shutil.rmtree(last)
+    assert selfsight(command()) == 0
+    after = {p.name: p.read_bytes() for p in last.iterdir()}
+    assert after == before
+
+
+def test_weights_are_as_readable_as_the_umask_says(selfsight, command, tmp_path):
+    before = os.umask(0o027)
+    try:
+        assert selfsight(command("run", "epochs=0.5", "optimizer.warmup_epochs=0")) == 0
+    finally:
+        os.umask(before)
+    run = tmp_path / "run"
+    files = [*run.glob("checkpoints/*/*.safetensors"), *run.glob("exports/*/*"), run / "recipe.yaml"]
+    assert {p.name: oct(p.stat().st_mode & 0o777) for p in files} == {p.name: "0o640" for p in files}
+    assert {oct(p.stat().st_mode & 0o777) for p in run.glob("exports/*")} == {"0o750"}
 
 
 def test_print_shows_the_recipe_without_a_corpus(selfsight, recipe, corpora, capsys):

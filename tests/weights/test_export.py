@@ -196,6 +196,32 @@ def test_damaged_descriptions_are_one_sentence(folder, file, text, message):
         load_pretrained(folder)
 
 
+@pytest.mark.parametrize(
+    ("file", "path", "value"),
+    [
+        ("config.json", ("num_features",), None),
+        ("config.json", ("model_args",), None),
+        ("config.json", ("model_args", "patch_size"), 0),
+        ("selfsight.json", ("weights",), []),
+        ("selfsight.json", ("weights", "parameters"), "many"),
+        ("selfsight.json", ("meta",), None),
+        ("selfsight.json", ("preprocess",), {}),
+        ("selfsight.json", ("preprocess", "crop_pct"), 0),
+        ("selfsight.json", ("preprocess", "mean"), "grey"),
+        ("selfsight.json", ("preprocess", "input_size"), [3]),
+    ],
+)
+def test_a_malformed_description_is_one_sentence(folder, file, path, value):
+    document = json.loads((folder / file).read_text())
+    node = document
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    (folder / file).write_text(json.dumps(document))
+    with pytest.raises(UserError):
+        load_pretrained(folder)
+
+
 def test_a_malformed_fingerprint_is_one_sentence(folder):
     edit(folder / "selfsight.json", lambda s: s["fingerprint"].update(values=["x"]))
     with pytest.raises(UserError, match="malformed"):

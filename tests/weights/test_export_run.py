@@ -137,6 +137,14 @@ def test_a_recipes_digest_does_not_depend_on_where_things_lie():
     assert recipe_digest(one) != recipe_digest({**one, "seed": 2})
 
 
+def test_a_recipes_digest_is_of_what_is_learnt():
+    recipe = {"corpus": "a", "seed": 0, "training": {"keep": 2, "zero": 1}}
+    free = {"corpus": "b", "seed": 0, "training": {"keep": 9, "zero": 1}}
+    assert recipe_digest(recipe) == recipe_digest(free)
+    assert recipe_digest(recipe) != recipe_digest({**recipe, "seed": 1})
+    assert recipe["training"] == {"keep": 2, "zero": 1}
+
+
 def test_the_verb_export(dino, tmp_path, capsys):
     assert main(["export", str(dino), "--out", str(tmp_path / "out"), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)

@@ -3,6 +3,7 @@
 This package owns every side effect of a run. `pretrain` is the one call; everything else is its parts.
 """
 
+from selfsight.training.cluster import AgreedError
 from selfsight.training.run import Diverged, Stopped, pretrain
 
-__all__ = ["Diverged", "Stopped", "pretrain"]
+__all__ = ["AgreedError", "Diverged", "Stopped", "pretrain"]

@@ -3,7 +3,8 @@
     checkpoints/step_00000100/  deepspeed/ (optimiser)  objective.safetensors (all weights, fp32)  state.json  COMPLETE
 
 Written under a hidden name, flushed to the disk, marked COMPLETE, renamed. No generator's state is in it: the order of
-samples, the crops and torch's own numbers follow from (seed, step).
+samples, the crops and torch's own numbers follow from (seed, step). DeepSpeed keeps its part as pickles, so a run is
+continued by those who trust whoever wrote it; exports, and loading them, read safetensors and JSON alone.
 """
 
 import json
@@ -13,17 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 
 from selfsight.errors import UserError
 from selfsight.training.cluster import Cluster
 from selfsight.training.engine import STATE, Engine
-from selfsight.weights.folder import flush
-from selfsight.weights.run import checkpoints
+from selfsight.weights.checkpoint import OBJECTIVE
+from selfsight.weights.folder import flush, read_tensors, share
+from selfsight.weights.run import STATE_SCHEMA, checkpoints, read_state
 
-SCHEMA = 1
-WEIGHTS = "objective.safetensors"
 # What a checkpoint must have in common with the run that takes it up → how to speak of it.
 IDENTITY = {
     "corpus_id": "corpus",
@@ -59,10 +58,12 @@ def save(run: Path, engine: Engine, state: dict[str, Any], *, keep: int) -> Path
 
     def publish() -> None:
         weights = {k: v.detach().cpu().clone() for k, v in engine.objective.state_dict().items()}  # no shared storage
-        save_file(weights, temporary / WEIGHTS)
-        (temporary / "state.json").write_text(json.dumps({"schema": SCHEMA, **state}, indent=1) + "\n")
+        save_file(weights, temporary / OBJECTIVE)
         for script in temporary.glob("zero_to_*.py"):  # DeepSpeed's converters: the safetensors file is what they make
             script.unlink()
+        document = {"schema": STATE_SCHEMA, **state, "files": _sizes(temporary / STATE)}
+        (temporary / "state.json").write_text(json.dumps(document, indent=1) + "\n")
+        share(temporary / OBJECTIVE, like=temporary / "state.json")
         flush(temporary / STATE)
         flush(temporary)
         (temporary / "COMPLETE").touch()
@@ -75,22 +76,9 @@ def save(run: Path, engine: Engine, state: dict[str, Any], *, keep: int) -> Path
             _remove(old)
 
     cluster.on_first(lambda: _tell(final, begin))
-    _tell(final, lambda: engine.save(temporary))
-    cluster.barrier()
+    cluster.together(lambda: _tell(final, lambda: engine.save(temporary)))
     cluster.on_first(lambda: _tell(final, publish))
     return final
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """state.json of a checkpoint. Raises UserError when it is damaged or of a newer selfsight."""
-    try:
-        state = json.loads((path / "state.json").read_text())
-        schema = state["schema"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path} is damaged (state.json: {e}): remove it to continue from the one before") from e
-    if schema > SCHEMA:
-        raise UserError(f"{path} was written by a newer selfsight (schema {schema}, this one reads {SCHEMA}): update")
-    return state
 
 
 def check(path: Path, state: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -110,15 +98,23 @@ def check(path: Path, state: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 def load(path: Path, engine: Engine) -> None:
-    """Puts `engine` where it was when the checkpoint was written. All ranks call it."""
-    expected = engine.objective.state_dict()
-    try:
-        weights: dict[str, Tensor] = load_file(path / WEIGHTS)
-    except (OSError, SafetensorError) as e:
-        raise UserError(f"{path} is damaged ({WEIGHTS}: {e}): remove it to continue from the one before") from e
-    if differ := expected.keys() ^ weights.keys():
-        raise UserError(f"{path} is from another encoder or objective: {sorted(differ)[0]} is in only one of them")
-    engine.load(path, weights)
+    """Puts `engine` where it was when the checkpoint was written. All ranks call it.
+
+    Un-pickles DeepSpeed's files. Raises UserError when a file or a tensor is missing, cut short or of another shape.
+    """
+    files = read_state(path).get("files", {})
+    there = _sizes(path / STATE)
+    # DeepSpeed goes on without the moments of a file that it does not find.
+    if damaged := [name for name, size in files.items() if there.get(name) != size]:
+        raise UserError(
+            f"{path} is damaged ({STATE}/{damaged[0]} is missing or cut short): "
+            "remove it to continue from the one before"
+        )
+    engine.load(path, read_tensors(path / OBJECTIVE, engine.objective.state_dict()))
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {p.relative_to(folder).as_posix(): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def sweep(run: Path) -> None:

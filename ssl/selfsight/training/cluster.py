@@ -22,6 +22,10 @@ from selfsight.errors import UserError
 T = TypeVar("T")
 
 
+class AgreedError(UserError):
+    """A mistake of the user that is raised on every rank, so that it is enough if rank 0 says it."""
+
+
 @dataclass(frozen=True)
 class Cluster:
     rank: int
@@ -31,10 +35,6 @@ class Cluster:
 
     def collective(self) -> Collective:
         return DistributedCollective() if self.world_size > 1 else Collective()
-
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """`x` summed over the ranks, in place."""
@@ -62,8 +62,25 @@ class Cluster:
                 outcome[1] = str(e)
         dist.broadcast_object_list(outcome, src=0)
         if outcome[1] is not None:
-            raise UserError(outcome[1])
+            raise AgreedError(outcome[1])
         return outcome[0]
+
+    def together(self, work: Callable[[], T]) -> T:
+        """What `work()` returns on this rank, when all have done it; a mistake that one meets is raised on all of them,
+        that of the lowest rank."""
+        if self.world_size == 1:
+            return work()
+        result, mistake = None, None
+        try:
+            result = work()
+        except (UserError, OSError) as e:
+            mistake = str(e)
+        mistakes: list[str | None] = [None] * self.world_size
+        dist.all_gather_object(mistakes, mistake)
+        for found in mistakes:
+            if found is not None:
+                raise AgreedError(found)
+        return result  # type: ignore[return-value]
 
 
 def ranks(environment: dict[str, str]) -> dict[str, str]:
@@ -106,7 +123,13 @@ def join() -> Cluster:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
         else:
             os.environ.update(found)
-            dist.init_process_group(backend)
+            try:
+                dist.init_process_group(backend)
+            except (ValueError, RuntimeError) as e:  # a variable that is missing; a host or port that does not answer
+                raise UserError(
+                    f"rank {rank} of {world_size} cannot join the others ({' '.join(str(e).split())[:200]}): "
+                    "start all of them with torchrun or srun, or unset RANK and WORLD_SIZE to train on one process"
+                ) from e
         atexit.register(_leave)
     import deepspeed
 

@@ -124,7 +124,7 @@ class Engine:
         self.engine.save_checkpoint(str(folder), tag=STATE, save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: Path, weights: dict[str, Any]) -> None:
-        """Takes up what `save` wrote and the objective's whole state."""
+        """Takes up what `save` wrote, which DeepSpeed un-pickles, and the objective's whole state."""
         self.engine.load_checkpoint(str(folder), tag=STATE, load_module_strict=False)
         self.objective.load_state_dict(weights)
 

@@ -6,9 +6,11 @@ from a checkpoint, lines of later steps are cut off, so that the file reads as i
 
 import json
 import os
-from math import isfinite
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
+
+from selfsight.shards.files import publish
 
 FILE = "metrics.jsonl"
 
@@ -19,9 +21,9 @@ class Log:
     def __init__(self, run: Path, step: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        cut(run / FILE, step)
+        self.records = cut(run / FILE, step)  # of the steps before
         self._file = (run / FILE).open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def record(self, step: int, values: dict[str, float]) -> None:
         """One step's numbers; "step" counts the steps done."""
@@ -50,20 +52,22 @@ class Log:
         self._file.flush()
 
 
-def cut(path: Path, step: int) -> None:
-    """Drops the lines of steps after `step`, and a last line that a kill left unfinished, in one atomic move."""
+def cut(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drops the lines of steps after `step`, and a last line that a kill left unfinished, in one atomic move. Returns
+    the records that stay, a value that was not finite as a NaN."""
     if not path.exists():
-        return
-    kept = []
+        return []
+    kept, records = [], []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+            entry = json.loads(line)
+            if entry["step"] > step:
+                continue
         except (ValueError, KeyError, TypeError):
             continue
-    temporary = path.with_name(f".{path.name}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+        kept.append(line + "\n")
+        if "event" not in entry:
+            records.append({k: nan if v is None else v for k, v in entry.items()})
+    with publish(path) as file:
+        file.write("".join(kept).encode())
+    return records

@@ -1,5 +1,6 @@
 """Keys that are null in a recipe, settled from the hardware and the corpus; and what may change when a run goes on."""
 
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -7,16 +8,25 @@ import torch
 
 from selfsight import objectives
 from selfsight import recipe as recipes
-from selfsight.errors import UserError
+from selfsight.errors import UserError, check_range
 from selfsight.recipe import Recipe
 from selfsight.stream.loader import auto_workers
 from selfsight.stream.order import auto_lanes
 from selfsight.training import schedules
+from selfsight.weights.run import FREE
 
 # Keys that a continued run takes from its first part when they are null now.
 SETTLED = ("stream.lanes", "training.precision")
-# Keys that change nothing about what is learnt. The corpus is compared by its id, not by where it lies.
-FREE = ("corpus", "output", "stream.workers", "training.log_every", "training.checkpoint_every", "training.keep")
+LEAST = {
+    "batch_size": 1,
+    "stream.lanes": 1,
+    "stream.window": 1,
+    "stream.workers": 0,
+    "training.accumulation": 1,
+    "training.log_every": 1,
+    "training.checkpoint_every": 1,
+    "training.keep": 1,
+}
 
 
 def load(source: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -31,20 +41,16 @@ def check(recipe: Recipe) -> None:
         raise UserError(f"training.zero is {training.zero}: choose 0 or 1")
     if training.precision not in (None, "fp32", "bf16"):
         raise UserError(f"training.precision is {training.precision!r}: choose fp32 or bf16, or leave it null")
-    if len(recipe.optimizer.betas) != 2:
-        raise UserError("optimizer.betas needs two numbers, such as [0.9, 0.999]")
-    if recipe.epochs <= 0:
+    betas = recipe.optimizer.betas
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise UserError(f"optimizer.betas is {betas}: give two numbers from 0 to below 1, such as [0.9, 0.999]")
+    if not 0 < recipe.epochs < inf:
         raise UserError(f"epochs is {recipe.epochs:g}: give a positive number")
     schedules.check(recipe.optimizer, recipe.epochs)
-    for key in (
-        "batch_size",
-        "training.accumulation",
-        "training.log_every",
-        "training.checkpoint_every",
-        "training.keep",
-    ):
-        if (value := _get(recipe, key)) < 1:
-            raise UserError(f"{key} is {value}: give 1 or more")
+    for key, low in LEAST.items():
+        if (value := _get(recipe, key)) is not None:
+            check_range(key, value, low)
+    check_range("seed", recipe.seed, 0, 2**63 - 1)
 
 
 def settle(recipe: Recipe, *, chunks: int | None = None, ranks_here: int = 1) -> None:
@@ -76,8 +82,8 @@ def adopt(recipe: Recipe, path: Path) -> None:
 
 
 def compare(recipe: Recipe, path: Path) -> None:
-    """Raises UserError naming the keys in which the recipe at `path` differs, but for those that change nothing about
-    what is learnt."""
+    """Raises UserError naming the keys in which the recipe at `path` differs, but for the `FREE` ones: the corpus is
+    compared by its id, not by where it lies."""
     old, new = _flat(load(str(path)).to_dict()), _flat(recipe.to_dict())
     differ = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k not in FREE]
     if differ:

@@ -25,6 +25,7 @@ from selfsight.objectives import Objective, Progress
 from selfsight.recipe import Recipe
 from selfsight.shards.corpus import Corpus
 from selfsight.shards.decode import decode_image
+from selfsight.shards.files import publish
 from selfsight.stream.loader import StepLoader, to_device
 from selfsight.stream.order import Order
 from selfsight.stream.views import Views
@@ -34,8 +35,9 @@ from selfsight.training.engine import Engine, Step
 from selfsight.training.interrupts import Interrupts
 from selfsight.training.log import Log
 from selfsight.training.monitor import Monitor
+from selfsight.weights.checkpoint import export_run
 from selfsight.weights.export import export_encoder
-from selfsight.weights.run import exports, recipe_digest
+from selfsight.weights.run import exports, read_state, recipe_digest
 
 NOT_FINITE_LIMIT = 10  # steps refused in a row before the run ends
 
@@ -57,20 +59,22 @@ def pretrain(recipe: Recipe) -> Path:
     resolve.check(recipe)
     if not recipe.corpus or not recipe.output:
         raise UserError("training needs a corpus and an output: add corpus=DIR output=RUN")
-    corpus = Corpus.open(recipe.corpus)
-    if corpus.n < recipe.batch_size:
-        raise UserError(
-            f"{recipe.corpus} has fewer images ({corpus.n}) than a batch ({recipe.batch_size}): "
-            f"lower batch_size to {corpus.n} or less"
-        )
-    return _Run(recipe, corpus, cluster.join()).go()
+    joined = cluster.join()
+    # Together: nobody looks into the run folder any more when rank 0 begins to write there.
+    return joined.together(lambda: _Run(recipe, joined)).go()
 
 
 class _Run:
     """One call of `pretrain`: what it holds between its steps."""
 
-    def __init__(self, recipe: Recipe, corpus: Corpus, cluster: Cluster) -> None:
-        self.recipe, self.corpus, self.cluster = recipe, corpus, cluster
+    def __init__(self, recipe: Recipe, cluster: Cluster) -> None:
+        self.recipe, self.cluster = recipe, cluster
+        self.corpus = corpus = Corpus.open(str(recipe.corpus))
+        if corpus.n < recipe.batch_size:
+            raise UserError(
+                f"{recipe.corpus} has fewer images ({corpus.n}) than a batch ({recipe.batch_size}): "
+                f"lower batch_size to {corpus.n} or less"
+            )
         self.path = Path(str(recipe.output))
         self._settle()
         torch.manual_seed(recipe.seed)
@@ -80,7 +84,7 @@ class _Run:
         self.checkpoint = checkpoint.newest(self.path)
         self.start = 0
         if self.checkpoint:
-            state = checkpoint.read_state(self.checkpoint)
+            state = read_state(self.checkpoint)
             checkpoint.check(self.checkpoint, state, self._state(0))
             self.start = state["step"]
         self.loader = self._loader()
@@ -145,6 +149,7 @@ class _Run:
     def go(self) -> Path:
         self.cluster.on_first(self._open)
         if self.start >= self.total_steps:
+            self.cluster.on_first(self._finish)
             if self.cluster.rank == 0:
                 say(f"{self.path} is finished: {self.total_steps} steps are done, its weights are in exports/")
             return self.path
@@ -167,9 +172,13 @@ class _Run:
         """Makes the run folder and writes down the resolved recipe."""
         self.path.mkdir(parents=True, exist_ok=True)
         checkpoint.sweep(self.path)
-        temporary = self.path / ".recipe.yaml"
-        temporary.write_text(self.recipe.to_yaml(), encoding="utf-8")
-        temporary.replace(self.path / "recipe.yaml")
+        with publish(self.path / "recipe.yaml") as file:
+            file.write(self.recipe.to_yaml().encode())
+
+    def _finish(self) -> None:
+        """Makes the last export, should the run have been killed between its last checkpoint and that."""
+        if self.start not in exports(self.path):
+            export_run(self.path, self._export_path(self.start), step=self.start)
 
     def _announce(self) -> None:
         recipe, ranks = self.recipe, self.cluster.world_size
@@ -188,6 +197,8 @@ class _Run:
             warmup_steps=int(recipe.optimizer.warmup_epochs * self.steps_per_epoch),
             teacher=bool(self.objective.teacher_pairs()),
         )
+        for record in log.records if log else ():
+            monitor.look(record)  # what it would have seen, had the run never stopped
         refused = 0
         meter = _Meter()
         first = self.cluster.rank == 0
@@ -209,8 +220,8 @@ class _Run:
                     values = self._values(result, done, meter)
                     if log:
                         log.record(done, values)
-                    for sentence in monitor.look({"step": done, **values}):
-                        self._tell(log, done, sentence)
+                        for sentence in monitor.look({"step": done, **values}):
+                            self._tell(log, done, sentence)
                 if refused == NOT_FINITE_LIMIT:
                     raise Diverged(
                         f"training ended at step {done}: {refused} steps in a row were not finite; try a smaller "
@@ -273,9 +284,11 @@ class _Run:
             "recipe_digest": recipe_digest(self.recipe.to_dict()),
         }
         encoder: Any = self.objective.get_submodule(which)
-        out = self.path / "exports" / f"step_{step:08d}"
         with torch.random.fork_rng(devices=[]):
-            export_encoder(encoder, self.recipe.encoder, out, meta=meta)
+            export_encoder(encoder, self.recipe.encoder, self._export_path(step), meta=meta)
+
+    def _export_path(self, step: int) -> Path:
+        return self.path / "exports" / f"step_{step:08d}"
 
 
 class _Meter:

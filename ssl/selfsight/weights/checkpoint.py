@@ -1,6 +1,5 @@
 """A checkpoint → an export. Reads `recipe.yaml`, `state.json` and `objective.safetensors`: no pickle, no trainer."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from selfsight.errors import UserError
 from selfsight.recipe import EncoderConfig
 from selfsight.weights.export import export_encoder
 from selfsight.weights.folder import Export, read_tensors
-from selfsight.weights.run import checkpoints, exports, read_recipe, recipe_digest
+from selfsight.weights.run import checkpoints, exports, read_recipe, read_state, recipe_digest
 
 OBJECTIVE = "objective.safetensors"
 
@@ -35,7 +34,7 @@ def export_run(run: Path, out: Path, *, which: str | None = None, step: int | No
     source = found[step] / OBJECTIVE
     which = _choose(source, which)
     config = encoder_config(recipe)
-    state = _state(found[step])
+    state = read_state(found[step])
     with torch.random.fork_rng(devices=[]):
         encoder = encoders.build(config, drop_path=False, pos_interpolation=_pos_interpolation(run, state))
     encoder.vit.load_state_dict(read_tensors(source, encoder.vit.state_dict(), prefix=f"{which}.vit."), strict=True)
@@ -68,13 +67,6 @@ def _choose(source: Path, which: str | None) -> str:
     if which is not None and which not in there:
         raise UserError(f"this run has no {which}: export its {there[0]} instead")
     return which or there[0]
-
-
-def _state(checkpoint: Path) -> dict[str, Any]:
-    try:
-        return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise UserError(f"{checkpoint / 'state.json'} cannot be read ({e}): take another checkpoint") from e
 
 
 def _pos_interpolation(run: Path, state: dict[str, Any]) -> PosInterpolation:

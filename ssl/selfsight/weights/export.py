@@ -20,7 +20,7 @@ from selfsight.errors import UserError
 from selfsight.recipe import EncoderConfig
 from selfsight.weights import fingerprint
 from selfsight.weights.card import model_card
-from selfsight.weights.folder import CARD, CONFIG, ORIGIN, SCHEMA, WEIGHTS, Export, flush, plain, sha256
+from selfsight.weights.folder import CARD, CONFIG, ORIGIN, SCHEMA, WEIGHTS, Export, flush, plain, sha256, share
 from selfsight.weights.preprocess import settings
 from selfsight.weights.pretrained import read_encoder
 
@@ -37,9 +37,8 @@ def export_encoder(encoder: Encoder, config: EncoderConfig, out: Path, *, meta: 
     try:
         export = _write(encoder, config, temporary, {**meta, "selfsight": __version__})
         _check(encoder, export)
-        # mkdtemp and safetensors write for their owner alone; weights are there to be read.
-        temporary.chmod(0o755)
-        (temporary / WEIGHTS).chmod(0o644)
+        for path in (temporary, temporary / WEIGHTS):
+            share(path, like=temporary / CONFIG)
         flush(temporary)
         _publish(export, out)
     finally:

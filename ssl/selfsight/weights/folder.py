@@ -20,6 +20,16 @@ from selfsight.recipe import EncoderConfig
 
 CONFIG, WEIGHTS, ORIGIN, CARD = "config.json", "model.safetensors", "selfsight.json", "README.md"
 SCHEMA = 1
+# What must be in the two files, and of what kind.
+CONFIG_KINDS = {"architecture": str, "model_args": dict, "num_features": int, "pretrained_cfg": dict}
+ORIGIN_KINDS = {
+    "pos_interpolation": str,
+    "preprocess": dict,
+    "weights.sha256": str,
+    "weights.parameters": int,
+    "fingerprint": dict,
+    "meta": dict,
+}
 # timm arguments that the export adds to the encoder's own.
 SET_BY_EXPORT = ("img_size", "dynamic_img_size", "fc_norm", "global_pool")
 
@@ -48,13 +58,13 @@ class Export:
                 f"{path / ORIGIN} has schema {origin.get('schema')!r}, this selfsight reads {SCHEMA}: install the "
                 "selfsight that wrote it, or export again"
             )
-        for name, document, keys in (
-            (CONFIG, config, ("architecture", "model_args", "pretrained_cfg")),
-            (ORIGIN, origin, ("pos_interpolation", "preprocess", "weights", "fingerprint", "meta")),
-        ):
-            absent = [k for k in keys if k not in document]
-            if absent:
-                raise UserError(f"{path / name} lacks {', '.join(absent)}: export the weights again")
+        for name, document, kinds in ((CONFIG, config, CONFIG_KINDS), (ORIGIN, origin, ORIGIN_KINDS)):
+            for key, kind in kinds.items():
+                value: Any = document
+                for part in key.split("."):
+                    value = value.get(part) if isinstance(value, dict) else None
+                if not isinstance(value, kind):
+                    raise UserError(f"{path / name} lacks {key}, or it is malformed: export the weights again")
         if origin["pos_interpolation"] not in ("dino", "timm"):
             raise UserError(f"{path / ORIGIN}: pos_interpolation should be dino or timm: export the weights again")
         return cls(path, config, origin)
@@ -71,7 +81,7 @@ class Export:
     @property
     def digest(self) -> str:
         """sha256 of model.safetensors, as recorded."""
-        return str(self.origin["weights"].get("sha256"))
+        return self.origin["weights"]["sha256"]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -111,8 +121,8 @@ def read_tensors(path: Path, expected: dict[str, Tensor], *, prefix: str = "") -
                     raise UserError(f"{path}: {name} has shape {shape}, the encoder needs {want}: another architecture")
             for short, name in names.items():
                 found[short] = file.get_tensor(name)
-    except SafetensorError as e:
-        raise UserError(f"{path} is not a whole safetensors file ({e}): copy or export it again") from e
+    except (SafetensorError, FileNotFoundError) as e:
+        raise UserError(f"{path} is not a whole safetensors file ({e}): take it from elsewhere again") from e
     for name, tensor in found.items():
         if tensor.dtype != expected[name].dtype:
             raise UserError(f"{path}: {name} is {tensor.dtype}, it should be {expected[name].dtype}: export it again")
@@ -123,6 +133,13 @@ def _list(names: Iterable[str], most: int = 5) -> str:
     ordered = sorted(names)
     more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
     return ", ".join(ordered[:most]) + more
+
+
+def share(path: Path, *, like: Path) -> None:
+    """Gives `path`, which safetensors and mkdtemp write for their owner alone, the permissions that the umask gave to
+    the file `like`; a folder can be entered by those who can read it."""
+    mode = like.stat().st_mode & 0o666
+    path.chmod(mode | ((mode & 0o444) >> 2 if path.is_dir() else 0))
 
 
 def flush(folder: Path) -> None:

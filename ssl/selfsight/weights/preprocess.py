@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from selfsight.errors import UserError
 from selfsight.viewspec import MEAN, STD
 
 Preprocess = Callable[[Image.Image], Tensor]
@@ -33,15 +34,24 @@ def settings(img_size: int) -> dict[str, Any]:
 class EvalTransform:
     """PIL image of any mode → (3, H, W) float32, normalised. Picklable, so that worker processes can have one.
 
-    The two halves stand apart as well: `pixels` is work for a decoding process, `normalise` for the device.
+    The two halves stand apart as well: `pixels` is work for a decoding process, `normalise` for the device. `given` is
+    what `settings` writes; raises UserError when it is anything else.
     """
 
     def __init__(self, given: dict[str, Any]) -> None:
+        try:
+            self._prepare(given)
+        except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as e:
+            raise UserError("preprocess in selfsight.json is malformed: export the weights again") from e
+
+    def _prepare(self, given: dict[str, Any]) -> None:
         from torchvision import transforms
         from torchvision.transforms import InterpolationMode
 
         _, height, width = given["input_size"]
         scale = math.floor(height / given["crop_pct"])
+        if not scale >= height > 0 or not width > 0:
+            raise ValueError(given)
         # Written out, because timm.data takes a second to import; a test holds it equal to timm's own.
         self._frame = transforms.Compose(
             [

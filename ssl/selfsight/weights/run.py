@@ -10,9 +10,30 @@ import yaml
 from selfsight.errors import UserError
 from selfsight.weights.folder import ORIGIN
 
+STATE_SCHEMA = 1
+# Keys of a recipe that change nothing about what is learnt: they may differ when a run goes on.
+FREE = ("corpus", "output", "stream.workers", "training.log_every", "training.checkpoint_every", "training.keep")
+
 
 def is_run(path: Path) -> bool:
     return (path / "recipe.yaml").is_file()
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """state.json of a checkpoint. Raises UserError when it is damaged or of a newer selfsight."""
+    try:
+        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        schema, _ = int(state["schema"]), int(state["step"])
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(
+            f"{checkpoint} is damaged (state.json: {e}): "
+            "take another checkpoint, or remove it to continue from the one before"
+        ) from e
+    if schema > STATE_SCHEMA:
+        raise UserError(
+            f"{checkpoint} was written by a newer selfsight (schema {schema}, this one reads {STATE_SCHEMA}): update"
+        )
+    return state
 
 
 def read_recipe(run: Path) -> dict[str, Any]:
@@ -29,8 +50,11 @@ def read_recipe(run: Path) -> dict[str, Any]:
 
 
 def recipe_digest(recipe: dict[str, Any]) -> str:
-    """sha256 of what a recipe says, wherever its corpus and its run lie on this machine."""
-    said = {k: v for k, v in recipe.items() if k not in ("corpus", "output")}
+    """sha256 of what a recipe says about what is learnt: of all but the keys in `FREE`."""
+    said = {k: dict(v) if isinstance(v, dict) else v for k, v in recipe.items() if k not in FREE}
+    for section, _, key in (name.partition(".") for name in FREE if "." in name):
+        if isinstance(said.get(section), dict):
+            said[section].pop(key, None)
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
