@@ -68,3 +68,12 @@ def test_a_newer_store_is_refused(tmp_path):
         db.execute("PRAGMA user_version = 99")
     with pytest.raises(UserError, match="newer selfsight"):
         ResultsStore(path).add(score())
+
+
+def test_reading_leaves_the_folder_as_it_is(tmp_path):
+    store = ResultsStore(tmp_path / "results.sqlite")
+    store.add(score(0.5))
+    before = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+    assert len(store.rows()) == 1
+    assert {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == before
+    assert store.path.read_bytes()[18:20] == b"\1\1"  # no write-ahead log, which a folder one may only read cannot have

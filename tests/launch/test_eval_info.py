@@ -113,6 +113,15 @@ def test_corpora_that_mean_nothing_are_one_line(place, capsys, arguments, messag
     assert said.out == ""
     assert message in said.err
     assert "Traceback" not in said.err
+    assert "features of" not in said.err  # said before hours of work, not after
+
+
+def test_a_score_that_cannot_be_kept_is_said_all_the_same(place, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert evaluate(place, "knn", "pixels", "--json", "--results", str(tmp_path / "file" / "results.sqlite")) == 2
+    said = capsys.readouterr()
+    assert json.loads(said.out)["n"] == 24
+    assert "file" in said.err.splitlines()[-1]
 
 
 def test_arguments_without_sense_are_one_line(place, capsys):
