@@ -25,7 +25,6 @@ ELSEWHERE = {
     "dynamic_img_size": "any size works already",
     "dynamic_img_pad": "give images whose sides are multiples of the patch",
     "patch_drop_rate": "masking is the objective's business",
-    "weight_init": "initialisation is the objective's business",
 }
 
 
