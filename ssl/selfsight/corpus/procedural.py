@@ -26,14 +26,16 @@ class World:
     """How much everything varies. Lengths are in half images: the picture spans [-1, 1] in both directions."""
 
     size: int = 32  # pixels, square
-    radius: tuple[float, float] = (0.8, 1.1)  # of the thing
-    offset: float = 0.18  # of its centre, at most
-    pitch: tuple[float, float] = (0.34, 0.44)  # of its coat: length of one period
+    radius: tuple[float, float] = (1.0, 1.35)  # of the thing
+    offset: float = 0.4  # of its centre, at most
+    squeeze: float = 0.8  # of one of its axes, at most: things seen aslant
+    pitch: tuple[float, float] = (0.36, 0.42)  # of its coat: length of one period
+    bend: float = 0.06  # how far it is bent out of shape, as a standard deviation
     backdrop: float = 0.1  # strength of the background's own texture
     clutter: int = 2  # bars and pebbles behind the thing, at most
     in_front: float = 0.3  # probability of one more before it
-    shadow: float = 0.4
-    light: float = 0.35  # slope of the illumination, at most
+    shadow: float = 0.3
+    light: float = 0.2  # slope of the illumination, at most
     noise: float = 0.04  # standard deviation, at most; the image's range is [0, 1]
 
 
@@ -98,6 +100,11 @@ def plain(p: Array, q: Array) -> Array:
     return np.ones_like(p)
 
 
+def marble(p: Array, q: Array) -> Array:
+    drift = 0.9 * np.sin(1.3 * q + 0.8 * p) + 0.7 * np.sin(0.7 * p - 1.9 * q)
+    return np.sin(2 * np.pi * (0.4 * p + 0.5 * drift))
+
+
 def stripes(p: Array, q: Array) -> Array:
     return np.sin(2 * np.pi * p)
 
@@ -128,30 +135,28 @@ def lattice(p: Array, q: Array) -> Array:
     return 6 * (np.minimum(abs(p % 1 - 0.5), abs(q % 1 - 0.5)) - 0.14)
 
 
-def scales(p: Array, q: Array) -> Array:
-    row = np.floor(1.2 * q)
-    return 5 * (np.hypot((p + 0.5 * (row % 2)) % 1 - 0.5, 1.2 * q - row) - 0.5)
-
-
 def zigzag(p: Array, q: Array) -> Array:
     return np.sin(2 * np.pi * (p + 0.9 * abs(0.5 * q % 1 - 0.5)))
 
 
-Outline = Callable[[Array, Array], Array]
+Pattern = Callable[[Array, Array], Array]
 
-# Class name → what it is known by. Sorted by name, as folders are, so that the index here is the label there.
-KINDS: dict[str, tuple[Outline, Outline]] = {
-    "bricked_cross": (cross, bricks),
-    "checked_square": (square, checks),
-    "dotted_heart": (heart, dots),
-    "hooped_disc": (disc, hoops),
-    "latticed_triangle": (triangle, lattice),
-    "plain_crescent": (crescent, plain),
-    "scaled_ring": (ring, scales),
-    "striped_star": (star, stripes),
-    "wavy_flower": (flower, waves),
-    "zigzag_hourglass": (hourglass, zigzag),
+# Class name → its outline, its coat, and how coarse that is: lengths of a period relative to `World.pitch`. Sorted by
+# name, as folders are, so that the index here is the label there.
+KINDS: dict[str, tuple[Pattern, Pattern, float]] = {
+    "bricked_cross": (cross, bricks, 1.15),
+    "checked_square": (square, checks, 1.0),
+    "dotted_heart": (heart, dots, 0.95),
+    "hooped_disc": (disc, hoops, 1.1),
+    "latticed_triangle": (triangle, lattice, 0.85),
+    "marbled_ring": (ring, marble, 1.4),
+    "plain_crescent": (crescent, plain, 1.0),
+    "striped_star": (star, stripes, 1.0),
+    "wavy_flower": (flower, waves, 0.8),
+    "zigzag_hourglass": (hourglass, zigzag, 1.25),
 }
+
+HOOPED = [coat for _, coat, _ in KINDS.values()].index(hoops)
 
 
 def draw(rng: np.random.Generator, labels: Array, world: World) -> Array:
@@ -163,25 +168,25 @@ def draw(rng: np.random.Generator, labels: Array, world: World) -> Array:
     def between(low: float, high: float) -> Array:
         return rng.uniform(low, high, (n, 1, 1)).astype(np.float32)
 
-    outline, coat = _thing(labels, x, y, between, world)
+    outline, coat = _thing(rng, labels, x, y, between, world)
     pixel = 2 / side
 
     image = _background(rng, n, x, y, between, world)
     for _ in range(world.clutter):
-        _lay(image, _colour(rng, n, 0.2, 1.0), _pebble(x, y, between, 0.6))
+        _lay(image, _colour(rng, n, 0.3, 0.75), _pebble(x, y, between, 0.6))
     step = side // 16
     shade = _cover(np.roll(outline, (step, step), axis=(1, 2)), 8 * pixel)
     image *= 1 - world.shadow * shade[..., None]
 
     # Paint and ground differ in brightness, whichever is the brighter: without that a coat could not be seen.
     brighter = rng.random((n, 1)) < 0.5
-    bright, dark = _colour(rng, n, 0.75, 1.0), _colour(rng, n, 0.12, 0.42)
+    bright, dark = _colour(rng, n, 0.85, 1.0), _colour(rng, n, 0.0, 0.2)
     paint, ground = np.where(brighter, bright, dark), np.where(brighter, dark, bright)
     mix = np.clip(0.5 + 2.0 * coat, 0, 1)[..., None]
     thing = ground[:, None, None] * (1 - mix) + paint[:, None, None] * mix
     thing *= (1.05 - 0.3 * np.clip(1 + outline / 0.4, 0, 1) ** 2)[..., None]  # rounded towards its rim
     _blend(image, thing, _cover(outline, pixel))
-    _lay(image, _colour(rng, n, 0.2, 1.0), _pebble(x, y, between, world.in_front))
+    _lay(image, _colour(rng, n, 0.3, 0.75), _pebble(x, y, between, world.in_front))
 
     angle = between(-np.pi, np.pi)
     light = between(0.85, 1.1) * (1 + between(0, world.light) * (x * np.cos(angle) + y * np.sin(angle)))
@@ -192,22 +197,27 @@ def draw(rng: np.random.Generator, labels: Array, world: World) -> Array:
     return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def _thing(labels: Array, x: Array, y: Array, between: Callable, world: World) -> tuple[Array, Array]:
+def _thing(
+    rng: np.random.Generator, labels: Array, x: Array, y: Array, between: Callable, world: World
+) -> tuple[Array, Array]:
     """Outlines, as distances in half images, and coats of the things: both float32 (n, side, side)."""
-    dx, dy = x - between(-world.offset, world.offset), y - between(-world.offset, world.offset)
-    radius, turn = between(*world.radius), between(-np.pi, np.pi)
-    grain, pitch = between(-np.pi, np.pi), between(*world.pitch)
-    u, v = _turned(dx / radius, dy / radius, turn)
-    p, q = _turned(dx / pitch, dy / pitch, grain)
-    phase_p, phase_q = between(0, 1), between(0, 1)
+    n, side = len(labels), x.shape[-1]
+    dx = x - between(-world.offset, world.offset) + world.bend * _clouds(rng, n, side, 4)
+    dy = y - between(-world.offset, world.offset) + world.bend * _clouds(rng, n, side, 4)
+    dx, dy = _turned(dx, dy, between(-np.pi, np.pi))
+    dy = dy / between(world.squeeze, 1)
+    coarse = np.array([c for *_, c in KINDS.values()], np.float32)[labels, None, None]
+    radius, pitch = between(*world.radius), between(*world.pitch) * coarse
+    u, v = _turned(dx / radius, dy / radius, between(-np.pi, np.pi))
+    p, q = _turned(dx / pitch, dy / pitch, between(-np.pi, np.pi))
+    # Round coats have their middle on the thing, the others begin anywhere.
+    reach = np.where((labels == HOOPED)[:, None, None], 0.6, 7.0).astype(np.float32)
+    p, q = p + reach * between(-1, 1), q + reach * between(-1, 1)
     outline, coat = np.empty_like(u), np.empty_like(u)
-    for label, (outline_of, coat_of) in enumerate(KINDS.values()):
+    for label, (outline_of, coat_of, _) in enumerate(KINDS.values()):
         rows = labels == label
         outline[rows] = outline_of(u[rows], v[rows]) * radius[rows]
-        if coat_of is hoops:  # around the middle of the thing, wherever the other coats would begin
-            coat[rows] = coat_of(p[rows], q[rows])
-        else:
-            coat[rows] = coat_of(p[rows] + phase_p[rows], q[rows] + phase_q[rows])
+        coat[rows] = coat_of(p[rows], q[rows])
     return outline, coat
 
 
@@ -215,7 +225,7 @@ def _background(rng: np.random.Generator, n: int, x: Array, y: Array, between: C
     """Two colours that run into each other along a bent front, with a faint texture: float32 (n, side, side, 3)."""
     side, angle = x.shape[-1], between(-np.pi, np.pi)
     front = 0.5 + 0.45 * (x * np.cos(angle) + y * np.sin(angle)) + 0.3 * _clouds(rng, n, side, 3)
-    one, other = (_colour(rng, n, 0.2, 0.95)[:, None, None] for _ in range(2))
+    one, other = (_colour(rng, n, 0.35, 0.65)[:, None, None] for _ in range(2))
     front = np.clip(front, 0, 1)[..., None]
     texture = _clouds(rng, n, side, 10) * between(0, world.backdrop)
     return one * (1 - front) + other * front + texture[..., None]
@@ -241,7 +251,7 @@ def _clouds(rng: np.random.Generator, n: int, side: int, cells: int) -> Array:
 
 def _colour(rng: np.random.Generator, n: int, dark: float, bright: float) -> Array:
     """Random hues and saturations with a value between `dark` and `bright`: RGB float32 (n, 3)."""
-    hue, saturation, value = rng.random((n, 1)), rng.uniform(0.2, 0.95, (n, 1)), rng.uniform(dark, bright, (n, 1))
+    hue, saturation, value = rng.random((n, 1)), rng.uniform(0.1, 0.7, (n, 1)), rng.uniform(dark, bright, (n, 1))
     k = (np.array([5.0, 3.0, 1.0]) + 6 * hue) % 6
     return (value - value * saturation * np.clip(np.minimum(k, 4 - k), 0, 1)).astype(np.float32)
 

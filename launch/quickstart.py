@@ -1,0 +1,284 @@
+"""The quickstart's steps: images → corpora → training → probes → report. In: where images are, or a seed. Out: an Outcome.
+
+Every step finds what an earlier call left and goes on from there, so the same call again continues or does nothing.
+What is trained and how stands in `configs/quickstart/*.yaml`; this module only fits it to the images that are there.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from eval_probes import knn, linear
+from eval_probes.features import PIXELS, Features, extract
+from eval_probes.report import build_report
+from eval_probes.results import ResultsStore, Score
+from selfsight.console import say
+from selfsight.corpus import build, procedural, stats, verify
+from selfsight.corpus.pool import available_cores, each
+from selfsight.encoders.statistics import feature_spread, rankme
+from selfsight.errors import UserError
+from selfsight.shards.corpus import Corpus
+from selfsight.shards.decode import decode_image
+from selfsight.training import pretrain, resolve
+from selfsight.weights.run import exports, newest_export
+
+N_TRAIN, N_TEST = 8000, 2000  # of the procedural corpus; recipes count their epochs in N_TRAIN images
+HELD_OUT = 0.2  # of one's own images
+BANK, TESTED = 10_000, 5_000  # images that the probes learn from and are tested on, at most
+PHOTO = 48  # pixels: where half of the images have a longer short side, training sees them at twice the size
+SMALL = 96  # pixels: the short side of the copies that training reads in place of photographs
+# Scores are printed to a tenth of a per cent: a thousand steps settle a linear probe that far on these features.
+LINEAR = linear.Linear(min_steps=1000, epochs=20)
+
+
+@dataclass(frozen=True)
+class Settings:
+    images: Path | None = None  # None: the procedural corpus
+    objective: str = "dino"
+    out: Path = Path("quickstart")
+    seed: int = 0
+    n_train: int = N_TRAIN
+    n_test: int = N_TEST
+    overrides: tuple[str, ...] = ()  # of the recipe
+
+    @property
+    def folder(self) -> Path:
+        """What belongs to these images: corpora, and a run per objective and seed."""
+        return self.out / (f"procedural-{self.seed}" if self.images is None else self.images.resolve().name)
+
+    @property
+    def run(self) -> Path:
+        return self.folder / f"{self.objective}-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Corpora:
+    train: Path  # trained on
+    bank: Path  # what the probes learn from: `train`, or a part of it
+    test: Path  # held out
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: an encoder or the pixels, with its scores or, where there are no labels, its figures."""
+
+    name: str
+    scores: dict[str, Score] = field(default_factory=dict)  # knn, linear
+    figures: dict[str, float] = field(default_factory=dict)  # rankme, feature_spread
+
+
+@dataclass(frozen=True)
+class Outcome:
+    rows: list[Row]
+    weights: Path
+    report: Path
+    run: Path
+    pooling: str
+    train: Path
+    test: Path
+
+
+def quickstart(settings: Settings) -> Outcome:
+    """All steps. Raises UserError for what the user can mend, and what `pretrain` raises."""
+    _claim(settings)
+    say("1/4 corpus: images become verified shards")
+    corpora = _corpora(settings)
+    say(f"2/4 pretraining: {settings.objective} on {Corpus.open(corpora.train).n} images, without their labels")
+    run = pretrain(_recipe(settings, corpora))
+    say("3/4 probes: the frozen encoder on held-out images")
+    rows = list(_rows(settings, run, corpora))
+    say("4/4 report")
+    report = build_report(run, train=corpora.bank, test=corpora.test)
+    weights = newest_export(run)
+    return Outcome(rows, weights, report, run, POOLING[settings.objective][1], corpora.bank, corpora.test)
+
+
+def _claim(settings: Settings) -> None:
+    """Notes in the folder which images it is about, so that two sources of one name cannot mix."""
+    about = {"images": None if settings.images is None else str(settings.images.resolve())}
+    if settings.images is None:
+        about |= {"seed": settings.seed, "train": settings.n_train, "test": settings.n_test}
+    elif not settings.images.exists():
+        raise UserError(f"{settings.images} does not exist: give a folder or an archive of images")
+    settings.folder.mkdir(parents=True, exist_ok=True)
+    note = settings.folder / "source.json"
+    if note.exists() and json.loads(note.read_text(encoding="utf-8")) != about:
+        raise UserError(f"{settings.folder} is about other images: give another --out, or remove it")
+    note.write_text(json.dumps(about) + "\n", encoding="utf-8")
+
+
+# Images → corpora.
+
+
+def _corpora(settings: Settings) -> Corpora:
+    folder = settings.folder
+    if settings.images is None:
+        made = procedural.make(
+            folder / "images",
+            n_train=settings.n_train,
+            n_test=settings.n_test,
+            seed=settings.seed,
+            workers=available_cores(),
+        )
+        train, test = (_built(made / split, folder / split) for split in ("train", "test"))
+        return Corpora(train, train, test)
+
+    # By content, so that a picture and its exact copy fall on the same side.
+    train = _built(settings.images, folder / "train", (0.0, 1 - HELD_OUT))
+    n = Corpus.open(train).n / (1 - HELD_OUT)
+    test = _built(settings.images, folder / "test", (1 - min(HELD_OUT, TESTED / n), 1.0))
+    short = stats(train)["quantiles"]
+    if min(short["width"]["p50"], short["height"]["p50"]) > 2 * SMALL:
+        say(f"photographs: training reads copies of {SMALL} px, instead of decoding millions of pixels again and again")
+        train, test = (_built(_shrunk(c, folder / f"small-{c.name}"), folder / f"{c.name}-{SMALL}px") for c in (train, test))
+    share = BANK / n
+    if share >= 1 - HELD_OUT:
+        return Corpora(train, train, test)
+    return Corpora(train, _built(train, folder / "bank", (0.0, share)), test)
+
+
+def _built(source: Path, out: Path, hash_range: tuple[float, float] = (0.0, 1.0)) -> Path:
+    report = build([source], out, hash_range=hash_range)
+    refused = report.counts["rejected"]
+    if refused:
+        say(f"{refused} files could not be decoded and were left out: {out}/rejected.jsonl names them")
+    faults = verify(out)
+    if faults:
+        raise UserError(f"{out} is damaged ({faults[0]}): remove {out} and run again")
+    return out
+
+
+def _shrunk(corpus: Path, out: Path) -> Path:
+    """A folder of the corpus's images as PNG with a short side of `SMALL` pixels, in folders by class."""
+    opened = Corpus.open(corpus)
+    for name in opened.classes or ["images"]:
+        (out / name).mkdir(parents=True, exist_ok=True)
+    tasks = (_Shrink(opened, first, min(first + 64, opened.n), out) for first in range(0, opened.n, 64))
+    for _ in each(_shrink, tasks, available_cores() if opened.n > 256 else 1):
+        pass
+    return out
+
+
+@dataclass(frozen=True)
+class _Shrink:
+    corpus: Corpus
+    first: int
+    stop: int
+    out: Path
+
+
+def _shrink(task: _Shrink) -> None:
+    for ordinal in range(task.first, task.stop):
+        sample = task.corpus.sample(ordinal)
+        label = "images" if task.corpus.classes is None or sample.label is None else task.corpus.classes[sample.label]
+        target = task.out / label / f"{sample.key}.png"
+        if target.exists():
+            continue
+        image = decode_image(sample.data)
+        scale = SMALL / min(image.size)
+        image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), reducing_gap=2.0)
+        temporary = target.with_suffix(".part")
+        image.save(temporary, format="PNG", compress_level=1)
+        temporary.replace(target)
+
+
+# Recipe → run.
+
+
+def _recipe(settings: Settings, corpora: Corpora):
+    """The recipe of `configs/quickstart`, with its number of steps kept whatever the number of images."""
+    name = f"quickstart/{settings.objective}"
+    plain = resolve.load(name, settings.overrides)
+    n = Corpus.open(corpora.train).n
+    batch = min(plain.batch_size, n)
+    stretch = (N_TRAIN // plain.batch_size) / (n // batch)  # epochs of these images in one of the recipe's
+    fitted = {
+        "corpus": corpora.train,
+        "output": settings.run,
+        "seed": settings.seed,
+        "batch_size": batch,
+        "epochs": plain.epochs * stretch,
+        "optimizer.base_lr": plain.optimizer.base_lr * plain.batch_size / batch,
+        "optimizer.warmup_epochs": plain.optimizer.warmup_epochs * stretch,
+    }
+    # These two are counted in whole epochs.
+    for key in ("freeze_last_layer", "warmup_teacher_temp_epochs"):
+        if key in plain.objective:
+            fitted[f"objective.{key}"] = round(plain.objective[key] * stretch)
+    if _photographs(corpora.train):
+        patch = plain.encoder.args["patch_size"]
+        fitted |= {"encoder.img_size": 2 * plain.encoder.img_size, "encoder.args.patch_size": 2 * patch}
+        for key in ("global_crops_size", "local_crops_size", "crop_size"):
+            if key in plain.objective:
+                fitted[f"objective.{key}"] = 2 * plain.objective[key]
+    return resolve.load(name, (*settings.overrides, *(f"{key}={value}" for key, value in fitted.items())))
+
+
+def _photographs(corpus: Path) -> bool:
+    sizes = stats(corpus)["quantiles"]
+    return min(sizes["width"]["p50"], sizes["height"]["p50"]) > PHOTO
+
+
+# Run → table.
+
+# What each method's features are: DINO trains its class token, MAE leaves it idle and fills its patches.
+POOLING = {
+    "dino": ({"n_last_blocks": 1, "avgpool": False}, "class token"),
+    "mae": ({"n_last_blocks": 0, "avgpool": True}, "mean patch token"),
+}
+
+
+def _rows(settings: Settings, run: Path, corpora: Corpora) -> Iterator[Row]:
+    steps = exports(run)
+    named = {"raw pixels": PIXELS, "untrained encoder": steps[0], "trained encoder": newest_export(run)}
+    labelled = Corpus.open(corpora.test).classes is not None
+    if not labelled:
+        say("no labels (sub-folders named by class would be): kNN and linear probes are left out, label-free figures in")
+    store = ResultsStore(run / "results.sqlite")
+    for name, weights in named.items():
+        if not labelled and weights is PIXELS:
+            continue
+        features = [_features(settings, weights, corpus) for corpus in (corpora.bank, corpora.test)]
+        if labelled:
+            yield Row(name, scores={metric: _score(store, metric, *features) for metric in ("knn", "linear")})
+        else:
+            x = _tensor(features[1])
+            yield Row(name, figures={"rankme": rankme(x).item(), "feature_spread": feature_spread(x).item()})
+
+
+def _features(settings: Settings, weights: str | Path, corpus: Path) -> Features:
+    # On images this small, starting processes takes longer than decoding.
+    return extract(
+        weights,
+        corpus,
+        **({} if weights is PIXELS else POOLING[settings.objective][0]),
+        cache=settings.folder / "features",
+        workers=None if _photographs(corpus) else 0,
+    )
+
+
+def _score(store: ResultsStore, metric: str, train: Features, test: Features) -> Score:
+    """The score of an earlier call, or a new one that is kept."""
+    protocol = {"knn": knn.KNN(), "linear": LINEAR}[metric]
+    same = {
+        "metric": metric,
+        "protocol_digest": protocol.digest,
+        "weights_digest": test.weights_digest,
+        "train_corpus": train.corpus_id,
+        "test_corpus": test.corpus_id,
+    }
+    for score in store.rows():
+        if all(getattr(score, k) == v for k, v in same.items()) and score.details["features"] == test.describe():
+            return score
+    score = (
+        knn.evaluate(train, test, protocol) if isinstance(protocol, knn.KNN) else linear.evaluate(train, test, protocol)
+    )
+    store.add(score)
+    return score
+
+
+def _tensor(features: Features):
+    import torch
+
+    return torch.from_numpy(features.X[:5000])
