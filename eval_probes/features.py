@@ -24,10 +24,12 @@ from eval_probes.pooling import Pooling
 from eval_probes.store import FeatureStore
 from selfsight.console import progress
 from selfsight.errors import UserError
+from selfsight.files import sha256_of
+from selfsight.machine import available_cores
 from selfsight.shards.corpus import Corpus
 from selfsight.shards.decode import DecodeError, decode_image
 from selfsight.weights import PretrainedEncoder, load_pretrained, newest_export
-from selfsight.weights.folder import WEIGHTS, Export, sha256
+from selfsight.weights.folder import WEIGHTS, Export
 from selfsight.weights.preprocess import EvalTransform, settings
 from selfsight.weights.run import is_run
 
@@ -192,7 +194,7 @@ class _Source:
             "preprocess": prep,
         }
         # Of the bytes that are there now, not the digest somebody recorded.
-        digest = sha256(export.path / WEIGHTS)
+        digest = sha256_of(export.path / WEIGHTS)
         dimension = int(export.config["num_features"])
         return cls(str(export.path), digest, description, export.origin["meta"], EvalTransform(prep), dimension)
 
@@ -252,7 +254,7 @@ def _batches(
 ) -> Iterator[Tensor]:
     """uint8 (B, 3, H, W), every sample once, in order."""
     if workers is None:
-        workers = 0 if corpus.n < FEW else min(len(os.sched_getaffinity(0)), 16, math.ceil(corpus.n / batch_size))
+        workers = 0 if corpus.n < FEW else min(available_cores(), 16, math.ceil(corpus.n / batch_size))
         # Batches travel through shared memory, of which containers have little: a worker that runs out of it is killed.
         batch_bytes = batch_size * transform.pixels(Image.new("RGB", (8, 8))).nbytes
         workers = min(workers, _shared_memory() // (2 * AHEAD * batch_bytes))

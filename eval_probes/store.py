@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from selfsight.errors import UserError
-from selfsight.shards.files import sync_folder
+from selfsight.files import sync
 
 SCHEMA = 1
 ARRAY, KEY = "features.npy", "key.json"
@@ -75,7 +75,7 @@ class FeatureStore:
                 shutil.rmtree(entry, ignore_errors=True)
                 with suppress(OSError):  # another process was faster
                     os.rename(temporary, entry)
-        sync_folder(self.folder)
+        sync(self.folder)
 
     def _reserve(self, shape: tuple[int, int]) -> None:
         # Writing to a mapped file on a full disk kills the process instead of raising an error.

@@ -1,4 +1,4 @@
-"""The quickstart's steps: images → corpora → training → probes → report. In: where images are, or a seed. Out: an Outcome.
+"""The quickstart's steps: images → corpora → training → probes → report. In: images or a seed. Out: an `Outcome`.
 
 Every step finds what an earlier call left and goes on from there, so the same call again continues or does nothing.
 What is trained and how stands in `configs/quickstart/*.yaml`; this module only fits it to the images that are there.
@@ -15,9 +15,10 @@ from eval_probes.report import build_report
 from eval_probes.results import ResultsStore, Score
 from selfsight.console import say
 from selfsight.corpus import build, procedural, stats, verify
-from selfsight.corpus.pool import available_cores, each
+from selfsight.corpus.pool import each
 from selfsight.encoders.statistics import feature_spread, rankme
 from selfsight.errors import UserError
+from selfsight.machine import available_cores
 from selfsight.shards.corpus import Corpus
 from selfsight.shards.decode import decode_image
 from selfsight.training import pretrain, resolve
@@ -131,7 +132,9 @@ def _corpora(settings: Settings) -> Corpora:
     short = stats(train)["quantiles"]
     if min(short["width"]["p50"], short["height"]["p50"]) > 2 * SMALL:
         say(f"photographs: training reads copies of {SMALL} px, instead of decoding millions of pixels again and again")
-        train, test = (_built(_shrunk(c, folder / f"small-{c.name}"), folder / f"{c.name}-{SMALL}px") for c in (train, test))
+        train, test = (
+            _built(_shrunk(c, folder / f"small-{c.name}"), folder / f"{c.name}-{SMALL}px") for c in (train, test)
+        )
     share = BANK / n
     if share >= 1 - HELD_OUT:
         return Corpora(train, train, test)
@@ -177,7 +180,9 @@ def _shrink(task: _Shrink) -> None:
             continue
         image = decode_image(sample.data)
         scale = SMALL / min(image.size)
-        image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), reducing_gap=2.0)
+        image = image.resize(
+            (max(1, round(image.width * scale)), max(1, round(image.height * scale))), reducing_gap=2.0
+        )
         temporary = target.with_suffix(".part")
         image.save(temporary, format="PNG", compress_level=1)
         temporary.replace(target)
@@ -234,7 +239,9 @@ def _rows(settings: Settings, run: Path, corpora: Corpora) -> Iterator[Row]:
     named = {"raw pixels": PIXELS, "untrained encoder": steps[0], "trained encoder": newest_export(run)}
     labelled = Corpus.open(corpora.test).classes is not None
     if not labelled:
-        say("no labels (sub-folders named by class would be): kNN and linear probes are left out, label-free figures in")
+        say(
+            "no labels (sub-folders named by class would be): kNN and linear probes are left out, label-free figures in"
+        )
     store = ResultsStore(run / "results.sqlite")
     for name, weights in named.items():
         if not labelled and weights is PIXELS:

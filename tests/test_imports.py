@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-GROUND = {"collective", "console", "errors", "recipe", "viewspec"}
+GROUND = {"collective", "console", "errors", "files", "machine", "recipe", "viewspec"}
 # room → the rooms it may import, beside itself and the ground
 ROOMS = {
     "shards": set(),

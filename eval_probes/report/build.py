@@ -19,8 +19,8 @@ from eval_probes.report.runfolder import RunFolder, open_run
 from eval_probes.results import ResultsStore, Score
 from selfsight import __version__
 from selfsight.errors import UserError
+from selfsight.files import publish
 from selfsight.shards.corpus import Corpus
-from selfsight.shards.files import publish
 
 
 def build_report(run: Path, *, train: Path | None = None, test: Path | None = None, out: Path | None = None) -> Path:

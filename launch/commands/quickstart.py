@@ -43,9 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def to_json(outcome) -> dict:
-    rows = [
-        {"name": r.name, **{k: s.to_dict() for k, s in r.scores.items()}, **r.figures} for r in outcome.rows
-    ]
+    rows = [{"name": r.name, **{k: s.to_dict() for k, s in r.scores.items()}, **r.figures} for r in outcome.rows]
     return {"rows": rows, "weights": str(outcome.weights), "report": str(outcome.report), "run": str(outcome.run)}
 
 
@@ -82,7 +80,7 @@ def show(outcome) -> None:
     for line in (
         "import selfsight",
         f'encoder = selfsight.load_pretrained("{outcome.weights}")',
-        'tokens = encoder(encoder.preprocess(image).unsqueeze(0))  # image: PIL; tokens.cls, tokens.patches',
+        "tokens = encoder(encoder.preprocess(image).unsqueeze(0))  # image: PIL; tokens.cls, tokens.patches",
     ):
         console.print(f"    {line}", markup=False)
 

@@ -14,12 +14,13 @@ import google_crc32c
 import numpy as np
 
 from selfsight.console import progress
-from selfsight.corpus.pool import available_cores, each
+from selfsight.corpus.pool import each
 from selfsight.errors import UserError
+from selfsight.files import sha256_of
+from selfsight.machine import available_cores
 from selfsight.shards import tar
 from selfsight.shards.corpus import CHUNK_DTYPE, CHUNKS_NAME, LABEL_EXTENSION, REJECTED_NAME, key_of
 from selfsight.shards.decode import EXTENSIONS
-from selfsight.shards.files import sha256_of
 from selfsight.shards.index import read_index, schema
 from selfsight.shards.manifest import NAME as MANIFEST_NAME
 from selfsight.shards.manifest import Manifest, Shard

@@ -20,13 +20,14 @@ import numpy as np
 from selfsight.console import progress, say
 from selfsight.corpus.classes import LabelKey, resolve
 from selfsight.corpus.ledger import Ledger
-from selfsight.corpus.pool import available_cores, each
+from selfsight.corpus.pool import each
 from selfsight.corpus.scan import Files, Image, Scanner
 from selfsight.corpus.sources import Source, find_sources, shown
 from selfsight.errors import UserError
+from selfsight.files import publish, sha256_of, sweep
+from selfsight.machine import available_cores
 from selfsight.shards.corpus import CHUNK_DTYPE, CHUNKS_NAME, REJECTED_NAME, key_of
 from selfsight.shards.decode import EXTENSIONS
-from selfsight.shards.files import publish, sha256_of, sweep
 from selfsight.shards.index import write_index
 from selfsight.shards.manifest import NAME as MANIFEST_NAME
 from selfsight.shards.manifest import SCHEMA, Manifest, Shard, merkle_root

@@ -314,7 +314,8 @@ def make(
             for kind in KINDS:
                 (temporary / name / kind).mkdir(parents=True)
             blocks += [
-                _Block(temporary / name, split, i, min(BLOCK, n - i * BLOCK), seed, world) for i in range(-(-n // BLOCK))
+                _Block(temporary / name, split, i, min(BLOCK, n - i * BLOCK), seed, world)
+                for i in range(-(-n // BLOCK))
             ]
         for _ in each(_write, blocks, workers):
             pass

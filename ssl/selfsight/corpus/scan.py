@@ -20,8 +20,8 @@ from PIL import ImageFile
 from selfsight.corpus.discover import image_column
 from selfsight.corpus.sources import UNPACK_ERRORS, Candidate, Unit, normal
 from selfsight.errors import UserError
+from selfsight.files import publish
 from selfsight.shards.decode import DecodeError, load, open_image, orientation, to_rgb
-from selfsight.shards.files import publish
 
 MAX_FILE_BYTES = 1 << 30
 SNIFFED_BYTES = 64

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 from selfsight.corpus.discover import compression, image_column, kind_of_file, opened_kind, walk
 from selfsight.errors import UserError
+from selfsight.files import publish
 from selfsight.shards import Corpus, tar
-from selfsight.shards.files import publish
 from selfsight.shards.manifest import is_corpus
 
 UNIT_FILES = 128

@@ -19,8 +19,8 @@ import google_crc32c
 import numpy as np
 
 from selfsight.errors import UserError
+from selfsight.files import sha256_of
 from selfsight.shards import tar
-from selfsight.shards.files import sha256_of
 from selfsight.shards.index import read_index
 from selfsight.shards.manifest import Manifest, Shard
 

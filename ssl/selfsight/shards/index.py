@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfsight.errors import UserError
-from selfsight.shards.files import publish
+from selfsight.files import publish
 
 if TYPE_CHECKING:
     import pyarrow as pa

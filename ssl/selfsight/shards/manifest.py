@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_origin
 
 from selfsight.errors import UserError
-from selfsight.shards.files import publish
+from selfsight.files import publish
 
 NAME = "manifest.json"
 KIND = "selfsight-corpus"

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from selfsight.errors import UserError
+from selfsight.machine import available_cores
 from selfsight.shards import Corpus
 from selfsight.stream.order import Order
 from selfsight.stream.views import Views
@@ -29,7 +30,7 @@ _NOBODY = -1
 
 def auto_workers(ranks_here: int = 1) -> int:
     """Decoding processes per rank when `ranks_here` ranks share this machine: a core each is left to training."""
-    return max(0, min(len(os.sched_getaffinity(0)) // ranks_here - 1, MAX_WORKERS))
+    return max(0, min(available_cores() // ranks_here - 1, MAX_WORKERS))
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from selfsight.errors import UserError
+from selfsight.files import sync, sync_files
 from selfsight.training.cluster import Cluster
 from selfsight.training.engine import STATE, Engine
 from selfsight.weights.checkpoint import OBJECTIVE
-from selfsight.weights.folder import flush, read_tensors, share
+from selfsight.weights.folder import read_tensors, share
 from selfsight.weights.run import STATE_SCHEMA, checkpoints, read_state
 
 # What a checkpoint must have in common with the run that takes it up → how to speak of it.
@@ -64,14 +65,14 @@ def save(run: Path, engine: Engine, state: dict[str, Any], *, keep: int) -> Path
         document = {"schema": STATE_SCHEMA, **state, "files": _sizes(temporary / STATE)}
         (temporary / "state.json").write_text(json.dumps(document, indent=1) + "\n")
         share(temporary / OBJECTIVE, like=temporary / "state.json")
-        flush(temporary / STATE)
-        flush(temporary)
+        sync_files(temporary / STATE)
+        sync_files(temporary)
         (temporary / "COMPLETE").touch()
-        flush(temporary)
+        sync_files(temporary)
         if final.exists():  # of a run that went on from an earlier checkpoint
             _remove(final)
         temporary.rename(final)
-        flush(final.parent)
+        sync(final.parent)
         for old in sorted(checkpoints(run).values())[:-keep]:
             _remove(old)
 

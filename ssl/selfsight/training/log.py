@@ -10,7 +10,7 @@ from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
-from selfsight.shards.files import publish
+from selfsight.files import publish
 
 FILE = "metrics.jsonl"
 

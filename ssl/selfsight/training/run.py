@@ -21,11 +21,11 @@ from selfsight.console import progress as progress_bar
 from selfsight.console import say
 from selfsight.encoders import feature_spread, rankme
 from selfsight.errors import UserError
+from selfsight.files import publish
 from selfsight.objectives import Objective, Progress
 from selfsight.recipe import Recipe
 from selfsight.shards.corpus import Corpus
 from selfsight.shards.decode import decode_image
-from selfsight.shards.files import publish
 from selfsight.stream.loader import StepLoader, to_device
 from selfsight.stream.order import Order
 from selfsight.stream.views import Views

@@ -17,10 +17,11 @@ from safetensors.torch import save_file
 from selfsight import __version__, encoders
 from selfsight.encoders import Encoder
 from selfsight.errors import UserError
+from selfsight.files import sha256_of, sync_files
 from selfsight.recipe import EncoderConfig
 from selfsight.weights import fingerprint
 from selfsight.weights.card import model_card
-from selfsight.weights.folder import CARD, CONFIG, ORIGIN, SCHEMA, WEIGHTS, Export, flush, plain, sha256, share
+from selfsight.weights.folder import CARD, CONFIG, ORIGIN, SCHEMA, WEIGHTS, Export, plain, share
 from selfsight.weights.preprocess import settings
 from selfsight.weights.pretrained import read_encoder
 
@@ -39,7 +40,7 @@ def export_encoder(encoder: Encoder, config: EncoderConfig, out: Path, *, meta: 
         _check(encoder, export)
         for path in (temporary, temporary / WEIGHTS):
             share(path, like=temporary / CONFIG)
-        flush(temporary)
+        sync_files(temporary)
         _publish(export, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -74,7 +75,7 @@ def _write(encoder: Encoder, config: EncoderConfig, folder: Path, meta: dict[str
         "pos_interpolation": encoder.pos_interpolation,
         "preprocess": preprocess,
         "weights": {
-            "sha256": sha256(folder / WEIGHTS),
+            "sha256": sha256_of(folder / WEIGHTS),
             "tensors": len(state),
             "parameters": sum(p.numel() for p in vit.parameters()),
         },
@@ -127,7 +128,7 @@ def _publish(export: Export, out: Path) -> None:
 def _same(export: Export, out: Path) -> bool:
     try:
         there = Export.open(out)
-        whole = sha256(out / WEIGHTS) == there.digest
+        whole = sha256_of(out / WEIGHTS) == there.digest
     except UserError:
         return False
     keys = ("pos_interpolation", "preprocess", "weights", "meta")  # a fingerprint's last digits depend on the machine

@@ -3,9 +3,7 @@
 In: a folder. Out: its description and its tensors, every name, shape and byte checked before anything is used.
 """
 
-import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,11 +92,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     return document
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 def read_tensors(path: Path, expected: dict[str, Tensor], *, prefix: str = "") -> dict[str, Tensor]:
     """The tensors of the safetensors file `path` below `prefix`, named without it, mapped, not copied.
 
@@ -140,16 +133,6 @@ def share(path: Path, *, like: Path) -> None:
     the file `like`; a folder can be entered by those who can read it."""
     mode = like.stat().st_mode & 0o666
     path.chmod(mode | ((mode & 0o444) >> 2 if path.is_dir() else 0))
-
-
-def flush(folder: Path) -> None:
-    """Forces the files of `folder`, and the folder itself, to the disk."""
-    for path in (*(p for p in folder.iterdir() if p.is_file()), folder):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def plain(state: dict[str, Tensor]) -> dict[str, Tensor]:

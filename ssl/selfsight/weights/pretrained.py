@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from selfsight import encoders
 from selfsight.encoders import Encoder, Tokens
 from selfsight.errors import UserError
+from selfsight.files import sha256_of
 from selfsight.weights import fingerprint
-from selfsight.weights.folder import WEIGHTS, Export, read_tensors, sha256
+from selfsight.weights.folder import WEIGHTS, Export, read_tensors
 from selfsight.weights.preprocess import EvalTransform
 from selfsight.weights.run import is_run, newest_export
 
@@ -58,7 +59,7 @@ def load_pretrained(path: str | Path, *, device: str | torch.device = "cpu") -> 
         path = newest_export(path)
     export = Export.open(path)
     encoder = read_encoder(export)
-    if (actual := sha256(path / WEIGHTS)) != export.digest:
+    if (actual := sha256_of(path / WEIGHTS)) != export.digest:
         raise UserError(
             f"{path / WEIGHTS} is not the file that was exported (sha256 {actual[:12]}…, recorded "
             f"{export.digest[:12]}…): copy it again"

@@ -25,12 +25,12 @@ def publish(path: Path) -> Iterator[IO[bytes]]:
         with suppress(OSError):
             temporary.unlink()
         raise
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes the names in `folder` durable."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Makes a file, or the names in a folder, durable."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -41,6 +41,13 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def sync_files(folder: Path) -> None:
+    """Makes the files that lie in `folder` durable, and then their names."""
+    for path in (p for p in folder.iterdir() if p.is_file()):
+        sync(path)
+    sync(folder)
 
 
 def sweep(folder: Path) -> None:
