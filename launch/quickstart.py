@@ -153,9 +153,9 @@ def _built(source: Path, out: Path, hash_range: tuple[float, float] = (0.0, 1.0)
 
 
 def _shrunk(corpus: Path, out: Path) -> Path:
-    """A folder of the corpus's images as PNG with a short side of `SMALL` pixels, in folders by class."""
+    """A folder of the corpus's images as PNG with a short side of `SMALL` pixels, in folders by class if it has any."""
     opened = Corpus.open(corpus)
-    for name in opened.classes or ["images"]:
+    for name in opened.classes or [""]:
         (out / name).mkdir(parents=True, exist_ok=True)
     tasks = (_Shrink(opened, first, min(first + 64, opened.n), out) for first in range(0, opened.n, 64))
     for _ in each(_shrink, tasks, available_cores() if opened.n > 256 else 1):
@@ -174,7 +174,7 @@ class _Shrink:
 def _shrink(task: _Shrink) -> None:
     for ordinal in range(task.first, task.stop):
         sample = task.corpus.sample(ordinal)
-        label = "images" if task.corpus.classes is None or sample.label is None else task.corpus.classes[sample.label]
+        label = "" if task.corpus.classes is None or sample.label is None else task.corpus.classes[sample.label]
         target = task.out / label / f"{sample.key}.png"
         if target.exists():
             continue
@@ -204,7 +204,6 @@ def _recipe(settings: Settings, corpora: Corpora):
         "seed": settings.seed,
         "batch_size": batch,
         "epochs": plain.epochs * stretch,
-        "optimizer.base_lr": plain.optimizer.base_lr * plain.batch_size / batch,
         "optimizer.warmup_epochs": plain.optimizer.warmup_epochs * stretch,
     }
     # These two are counted in whole epochs.

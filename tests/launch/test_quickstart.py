@@ -1,0 +1,131 @@
+"""The quickstart in miniature through the real code: both objectives, own images, no labels, and running it again."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from eval_probes.linear import Linear
+from launch import quickstart as steps
+from launch.cli import main
+from launch.quickstart import Settings, quickstart
+from selfsight.corpus import procedural
+from selfsight.errors import UserError
+from selfsight.training import resolve
+from selfsight.weights import load_pretrained
+
+TINY = {
+    "dino": ("batch_size=32", "epochs=0.1", "optimizer.warmup_epochs=0.01", "objective.out_dim=32"),
+    "mae": ("batch_size=32", "epochs=0.1", "optimizer.warmup_epochs=0.01"),
+}
+
+
+@pytest.fixture(autouse=True)
+def quick_probes(monkeypatch):
+    monkeypatch.setattr(steps, "LINEAR", Linear(lrs=(0.01, 0.1), min_steps=10, epochs=1))
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("quickstart")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return procedural.make(tmp_path_factory.mktemp("own") / "my images", n_train=150, n_test=10, seed=5) / "train"
+
+
+def procedural_settings(out, objective):
+    return Settings(None, objective, out, n_train=160, n_test=60, overrides=TINY[objective])
+
+
+@pytest.mark.parametrize("objective", ["dino", "mae"])
+def test_the_whole_way(out, objective):
+    outcome = quickstart(procedural_settings(out, objective))
+    assert [row.name for row in outcome.rows] == ["raw pixels", "untrained encoder", "trained encoder"]
+    for row in outcome.rows:
+        for score in row.scores.values():
+            assert score.low <= score.value <= score.high
+            assert score.n == 60
+    untrained, trained = (row.scores["knn"] for row in outcome.rows[1:])
+    assert untrained.weights_digest != trained.weights_digest
+    assert untrained.details["features"]["pooling"] == trained.details["features"]["pooling"]
+    assert outcome.report.is_file()
+    encoder = load_pretrained(outcome.weights)
+    picture = Image.open(next((out / "procedural-0" / "images" / "test").rglob("*.png")))
+    assert encoder(encoder.preprocess(picture).unsqueeze(0)).patches.shape[-1] == encoder.embed_dim
+
+
+def test_a_second_call_finds_all_done(out):
+    settings = procedural_settings(out, "dino")
+    first = quickstart(settings)
+    kept = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.suffix in (".safetensors", ".tar", ".npy", ".png")}
+    again = quickstart(settings)
+    assert again == first
+    assert {p: p.stat().st_mtime_ns for p in kept} == kept
+    assert len(steps.ResultsStore(first.run / "results.sqlite").rows()) == 6
+
+
+def test_ones_own_images_are_split_by_content(out, images):
+    settings = Settings(images, "dino", out, overrides=TINY["dino"])
+    corpora = steps._corpora(settings)
+    train, test = (steps.Corpus.open(c) for c in (corpora.train, corpora.test))
+    assert train.n + test.n == 150
+    assert train.classes == test.classes == list(procedural.KINDS)
+    pictures = [{c.sample(i).data for i in range(c.n)} for c in (train, test)]
+    assert not pictures[0] & pictures[1]
+
+
+def test_unlabelled_photographs_come_out_with_label_free_figures(tmp_path, images, capsys, monkeypatch):
+    flat = tmp_path / "photographs"
+    flat.mkdir()
+    for i, path in enumerate(sorted(images.rglob("*.png"))[:60]):
+        Image.open(path).resize((260, 200)).save(flat / f"{i}.jpg")
+    monkeypatch.setattr(steps, "BANK", 30)
+    outcome = quickstart(Settings(flat, "mae", tmp_path / "out", overrides=("batch_size=16", *TINY["mae"][1:])))
+    assert [row.name for row in outcome.rows] == ["untrained encoder", "trained encoder"]
+    assert all(row.figures["rankme"] >= 1 and not row.scores for row in outcome.rows)
+    assert "no labels" in capsys.readouterr().err
+    assert load_pretrained(outcome.weights).patch_size == 8
+    assert {Image.open(p).size for p in (tmp_path / "out").rglob("*.png")} == {(125, 96)}
+
+
+def test_the_number_of_steps_does_not_depend_on_the_number_of_images(out, images):
+    settings = Settings(images, "dino", out)
+    corpora = steps._corpora(settings)
+    fitted, plain = steps._recipe(settings, corpora), resolve.load("quickstart/dino")
+    n = steps.Corpus.open(corpora.train).n
+    assert round(fitted.epochs * (n // fitted.batch_size)) == round(plain.epochs * (steps.N_TRAIN // plain.batch_size))
+    assert fitted.objective["freeze_last_layer"] > plain.objective["freeze_last_layer"]
+
+
+def test_another_source_under_the_same_name_is_refused(out, images, tmp_path):
+    quick = Settings(images, "dino", out)
+    steps._claim(quick)
+    other = tmp_path / images.name
+    shutil.copytree(images, other)
+    with pytest.raises(UserError, match="other images"):
+        steps._claim(Settings(other, "dino", out))
+
+
+def test_images_that_are_not_there_end_in_one_line(tmp_path, capsys):
+    assert main(["quickstart", "--images", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_what_the_command_prints(out, monkeypatch, capsys, flags):
+    settings = procedural_settings(out, "dino")
+    monkeypatch.setattr(steps, "Settings", lambda *given: settings)
+    assert main(["quickstart", *flags]) == 0
+    said = capsys.readouterr().out
+    if flags:
+        found = json.loads(said)
+        assert [set(row) for row in found["rows"]] == [{"name", "knn", "linear"}] * 3
+        assert Path(found["report"]).is_file()
+        return
+    for words in ("raw pixels", "untrained encoder", "trained encoder", "report.html", "selfsight.load_pretrained("):
+        assert words in said
