@@ -13,6 +13,7 @@ from PIL import Image
 from selfsight.corpus import build
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+RUN = "quickstart/procedural-0/dino-0"
 BLOCKS = re.findall(r"^```(?:python|yaml)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 
 
@@ -23,7 +24,7 @@ def block(start: str) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A folder in which the README's objective was trained for two steps, as `quickstart/run`."""
+    """A folder in which the README's objective was trained for two steps, as `RUN`."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "images").mkdir()
     rng = np.random.default_rng(0)
@@ -34,7 +35,7 @@ def folder(tmp_path_factory) -> Path:
     (folder / "my_methods").mkdir()
     (folder / "my_methods/simsiam.py").write_text(block("# my_methods/simsiam.py"))
     (folder / "simsiam.yaml").write_text(block("# simsiam.yaml"))
-    arguments = "pretrain simsiam.yaml corpus=corpus output=quickstart/run batch_size=10 epochs=1 stream.workers=0 "
+    arguments = f"pretrain simsiam.yaml corpus=corpus output={RUN} batch_size=10 epochs=1 stream.workers=0 "
     subprocess.run(
         [sys.executable, "-m", "launch", *arguments.split(), "optimizer.warmup_epochs=0"],
         cwd=folder,
@@ -45,7 +46,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_the_objective_of_the_readme_trains(folder):
-    assert (folder / "quickstart/run/exports/step_00000002/model.safetensors").is_file()
+    assert (folder / RUN / "exports/step_00000002/model.safetensors").is_file()
 
 
 def test_the_weights_load_as_the_readme_says(folder, monkeypatch):
