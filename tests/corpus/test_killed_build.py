@@ -74,7 +74,7 @@ def test_ctrl_c_is_one_line_however_early(children, many, tmp_path):
         time.sleep(0.001)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate()
-    assert (process.returncode, err.splitlines()[-1]) == (130, "selfsight: interrupted")
+    assert (process.returncode, err.splitlines()[-1]) == (130, "selfsight: interrupted; the same command again goes on")
     assert "Traceback" not in err
     assert build([many], tmp_path / "out", workers=1).n == 1000
 

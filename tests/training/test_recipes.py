@@ -30,7 +30,7 @@ def test_every_key_of_a_recipe_lands_where_it_says(name):
     given = leaves(yaml.safe_load((configs_dir() / f"{name}.yaml").read_text()))
     found = leaves(loaded.to_dict())
     assert {k: found.get(k) for k in given} == given
-    assert objectives.find(loaded.objective_name).__module__.rsplit(".", 1)[1] == name.split("/")[0] or "/" not in name
+    assert loaded.objective_name in name.split("/")  # the folder's name, or in quickstart/ the file's
     key = next(iter(given))
     with pytest.raises(UserError, match="unknown recipe key"):
         resolve.load(name, [f"{key}_=1"])
