@@ -35,7 +35,7 @@ class World:
     clutter: int = 2  # bars and pebbles behind the thing, at most
     in_front: float = 0.3  # probability of one more before it
     shadow: float = 0.3
-    light: float = 0.2  # slope of the illumination, at most
+    light: float = 0.6  # slope of the illumination, at most
     noise: float = 0.04  # standard deviation, at most; the image's range is [0, 1]
 
 
