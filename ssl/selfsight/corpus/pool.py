@@ -50,12 +50,24 @@ def each(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int
 
 @contextmanager
 def _interrupt_held() -> Iterator[None]:
-    """Processes started inside never hear Ctrl-C, not even while they import: the parent does, and stops them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Processes started inside never hear Ctrl-C, not even while they import: the parent does, and stops them.
+
+    They inherit the mask. In the parent it is not enough: the kernel then gives the signal to any other thread, such as
+    OpenBLAS's, and Python raises in the main one. So the handler, too, waits until the processes have started.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+        if held:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _start_worker() -> None:
