@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from selfsight.errors import UserError
+from selfsight.files import sha256_of
 from selfsight.shards import Corpus, DamagedTar
 from selfsight.shards.corpus import CHUNK_DTYPE
 from selfsight.shards.index import write_index
@@ -33,13 +34,13 @@ def folder(tmp_path):
         with open(root / f"shards/{number:06d}.tar", "wb") as f:
             writer, rows = ShardWriter(f, number=number, first=first, chunk_samples=4), []
             for ordinal in range(first, min(first + PER_SHARD, N)):
-                member, data = writer.add(content(ordinal), "png", ordinal % 3)
-                crc32c = google_crc32c.value(content(ordinal))
-                rows.append({"sample": ordinal, "member_offset": member, "data_offset": data, "crc32c": crc32c})
-                rows[-1]["label"] = ordinal % 3
-            size, digest, table = writer.finish()
-        write_index(root / f"index/{number:06d}.parquet", rows)
-        shards.append(Shard(number, first, len(rows), size, digest, ""))
+                writer.add(content(ordinal), "png", ordinal % 3)
+                rows.append({"sample": ordinal, "label": ordinal % 3, "format": "PNG", "size": len(content(ordinal))})
+                rows[-1]["crc32c"] = google_crc32c.value(content(ordinal))
+            size, digest, table, extents = writer.finish()
+        index = root / f"index/{number:06d}.parquet"
+        write_index(index, [row | extent for row, extent in zip(rows, extents, strict=True)])
+        shards.append(Shard(number, first, len(rows), size, digest, sha256_of(index)))
         tables.append(table)
     np.save(root / "chunks.npy", np.concatenate(tables))
     digest = hashlib.sha256((root / "chunks.npy").read_bytes()).hexdigest()
@@ -99,12 +100,12 @@ def test_a_damaged_header_raises_and_names_the_shard(folder):
     data[130] ^= 1
     path.write_bytes(data)
     corpus = Corpus.open(folder)
-    with pytest.raises(DamagedTar, match=r"000001\.tar.*checksum"):
-        corpus.sample(PER_SHARD + 1)
-    assert corpus.sample(0).data == content(0)
+    with pytest.raises(DamagedTar, match=rf"000001\.tar: sample {PER_SHARD:012d}: bad header checksum"):
+        corpus.sample(PER_SHARD)
+    assert all(corpus.sample(i).data == content(i) for i in range(N) if i != PER_SHARD)
     path.write_bytes(data[:-512])
-    with pytest.raises(DamagedTar, match="long"):
-        Corpus.open(folder).sample(PER_SHARD)
+    with pytest.raises(DamagedTar, match=f"sample {2 * PER_SHARD - 1:012d}: the shard ends inside it"):
+        Corpus.open(folder).sample(2 * PER_SHARD - 1)
 
 
 @pytest.mark.parametrize("ordinal", [1, PER_SHARD, N - 1])
@@ -115,7 +116,7 @@ def test_an_image_that_is_not_what_was_stored_never_passes(folder, ordinal):
     data[offset + len(content(ordinal)) // 2] ^= 8
     path.write_bytes(data)
     corpus = Corpus.open(folder)
-    with pytest.raises(DamagedTar, match=rf"{path}: sample {ordinal:012d} is not what was stored"):
+    with pytest.raises(DamagedTar, match=rf"{path}: sample {ordinal:012d}: the image is not what was stored"):
         corpus.sample(ordinal)
     assert all(corpus.sample(i).data == content(i) for i in range(N) if i != ordinal)
 

@@ -109,10 +109,10 @@ def _index(root: Path, shard: Shard, faults: list[Fault]) -> list[dict[str, Any]
     if altered:
         faults.append(Fault(shard.index, ALTERED))
     try:
-        table = read_index(root / shard.index, shard.count)
+        table = read_index((root / shard.index).read_bytes(), shard.index, shard.count)
         if table.schema == schema():
             return table.to_pylist()
-    except UserError:
+    except (OSError, UserError):
         pass
     if not altered:
         faults.append(Fault(shard.index, f"does not hold {shard.count} rows of this version's columns"))
@@ -152,10 +152,12 @@ def _tar_faults(task: ShardTask, rows: list[dict[str, Any]] | None) -> Iterator[
                 if not end < following <= length:
                     return
                 end = following
+        if rows and digest == shard.sha256:  # else its damage has been named
+            yield from _extent_faults(data, rows, starts)
         if data[end:] != tar.END:
             yield f"does not end with two empty blocks at byte {end}"
         if task.chunks is not None:
-            yield from _chunk_faults(task.chunks, starts, shard, end)
+            yield from _chunk_faults(task.chunks, starts, shard)
 
 
 def _sample_faults(
@@ -213,13 +215,20 @@ def _member(data: mmap.mmap, offset: int, key: str) -> tuple[tar.Member, str]:
     return member, extension
 
 
-def _chunk_faults(chunks: np.ndarray, starts: list[int], shard: Shard, end: int) -> Iterator[str]:
+def _extent_faults(data: mmap.mmap, rows: list[dict[str, Any]], starts: list[int]) -> Iterator[str]:
+    for row, start, end in zip(rows, starts, [*starts[1:], len(data)], strict=True):
+        if (row["end"], row["extent_crc32c"]) != (end, google_crc32c.value(data[start:end])):
+            yield f"sample {row['key']} ({row['source']}): end, extent_crc32c not as in the index"
+
+
+def _chunk_faults(chunks: np.ndarray, starts: list[int], shard: Shard) -> Iterator[str]:
     at = chunks["first"].astype(np.int64) - shard.first
     if len(at) == 0 or at.min() < 0 or at.max() >= shard.count:
         yield f"{CHUNKS_NAME} does not point into it"
         return
     begins = np.array([starts[i] for i in at])
-    if (begins != chunks["byte_start"]).any() or (np.append(begins[1:], end) - begins != chunks["byte_len"]).any():
+    lengths = np.append(begins[1:], shard.bytes) - begins
+    if (begins != chunks["byte_start"]).any() or (lengths != chunks["byte_len"]).any():
         yield f"{CHUNKS_NAME} does not say where its samples lie"
 
 

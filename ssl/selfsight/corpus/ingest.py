@@ -272,23 +272,21 @@ def write_shard(task: ShardTask) -> tuple[Shard, np.ndarray]:
             source = f"{task.sources[image.source]}/{shown(image.name)}"
             if hashlib.sha256(data := _bytes_of(image, files)).digest() != image.sha256:
                 raise UserError(f"{source} changed while the corpus was built: run again when the source stands still")
-            member_offset, data_offset = writer.add(data, EXTENSIONS[image.format], label)
+            writer.add(data, EXTENSIONS[image.format], label)
             copied = {k: getattr(image, k) for k in COPIED}
             rows.append(
                 {
                     "sample": ordinal,
                     "key": key_of(ordinal),
                     "source": source,
-                    "member_offset": member_offset,
-                    "data_offset": data_offset,
                     "progressive": bool(image.progressive),
                     "label": label,
                     **copied,
                 }
             )
-        size, sha256, chunks = writer.finish()
+        size, sha256, chunks, extents = writer.finish()
     index = path.parents[1] / "index" / f"{task.number:06d}.parquet"
-    write_index(index, rows)
+    write_index(index, [row | extent for row, extent in zip(rows, extents, strict=True)])
     return Shard(task.number, task.first, len(rows), size, sha256, sha256_of(index)), chunks
 
 

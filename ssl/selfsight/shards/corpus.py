@@ -1,13 +1,13 @@
-"""A finished corpus, read: any sample by its global ordinal, straight from memory-mapped shards.
+"""A finished corpus, read: any sample by its global ordinal, straight from its shards.
 
-The chunk table says where a run of samples lies; its tar headers are walked with their checksums and kept for the next
-sample of the run, and every image is compared with its checksum in the index. Nothing is opened before it is needed,
-and each process opens its own, so a Corpus can be pickled, forked and shared between threads.
+The chunk table says in which run of bytes a sample lies, the index where exactly and what the checksum of its extent is:
+headers, image, label and padding together. One comparison tells a sound sample; what is wrong with another is then looked
+for, so that it can be named. Nothing is opened before it is needed, and each process opens its own, so a Corpus can be
+pickled, forked and shared between threads.
 """
 
-import mmap
+import hashlib
 import os
-import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -21,8 +21,10 @@ import numpy as np
 from selfsight.errors import UserError
 from selfsight.files import sha256_of
 from selfsight.shards import tar
-from selfsight.shards.index import read_index
+from selfsight.shards.decode import EXTENSIONS
+from selfsight.shards.index import foreign_index, read_index
 from selfsight.shards.manifest import Manifest, Shard
+from selfsight.shards.store import open_store
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -33,10 +35,12 @@ REJECTED_NAME = "rejected.jsonl"
 KEY_DIGITS = 12
 LABEL_EXTENSION = "cls"
 UNLABELLED = -1
-MAPPED_SHARDS = 64  # address space and file handles; of memory only the checksums, 4 bytes a sample
+# Of the index, what finding and checking a sample takes: int64, UNLABELLED for no label.
+FOUND_BY = ("member_offset", "end", "data_offset", "size", "crc32c", "extent_crc32c", "label")
+INDEXED_SHARDS = 64
 # An order has lanes × window chunks in hand, 256 × 16 at its defaults, and every process that reads needs them all:
-# parsing one takes as long as decoding an image, keeping one 8 kB.
-PARSED_CHUNKS = 8192
+# finding one in the index of its shard takes longer than decoding an image, keeping one 16 kB.
+KNOWN_CHUNKS = 8192
 
 Value = TypeVar("Value")
 
@@ -70,7 +74,7 @@ class Corpus:
         corpus._open_chunks()
         if sha256_of(corpus.path / CHUNKS_NAME) != corpus.manifest.chunks_sha256:
             raise _foreign_chunks(corpus.path)
-        missing = [s.tar for s in corpus.manifest.shards if not (corpus.path / s.tar).is_file()]
+        missing = [s.tar for s in corpus.manifest.shards if not corpus._store.exists(s.tar)]
         if missing:
             raise UserError(f"{folder} lacks {missing[0]} ({len(missing)} shards in all): restore it, or build again")
         return corpus
@@ -91,26 +95,34 @@ class Corpus:
         return self.n
 
     def sample(self, ordinal: int) -> Sample:
-        """Random access: O(log chunks) once the chunk's headers are known.
+        """Random access: O(log chunks) once its chunk is known.
 
-        Raises IndexError outside 0 … n-1, DamagedTar where the shard is not what the chunk table and the index say,
-        and UserError where the index cannot be read.
+        Raises IndexError outside 0 … n-1, DamagedTar where the shard does not hold what the index says, OSError where
+        it cannot be read, and UserError where the index cannot.
         """
         if not 0 <= ordinal < self.n:
             raise IndexError(f"sample {ordinal} of a corpus of {self.n}")
+        if self._pid != os.getpid():  # forked: the parent's lock may be held by a thread that is not here
+            self._forget()
         chunk = int(np.searchsorted(self.chunks["first"], ordinal, side="right")) - 1
-        row = self.chunks[chunk]
-        shard, at = self.manifest.shards[row["shard"]], ordinal - int(row["first"])
-        mapped = self._shard(shard)
-        try:
-            extensions, numbers = self._parsed(chunk, shard, mapped)
-        except tar.DamagedTar as e:
-            raise tar.DamagedTar(f"{self.path / shard.tar}: {e.what}", e.offset) from None
-        offset, size, label, crc32c = numbers[at].tolist()
-        data = mapped[offset : offset + size]
-        if google_crc32c.value(data) != crc32c:
-            raise tar.DamagedTar(f"{self.path / shard.tar}: sample {key_of(ordinal)} is not what was stored", offset)
+        shard, at = self.manifest.shards[self.chunks["shard"][chunk]], ordinal - int(self.chunks["first"][chunk])
+        extensions, found = self._known(chunk, shard)
+        begin, end, data_offset, size, crc32c, extent_crc32c, label = found[at].tolist()
+        start = int(self.chunks["byte_start"][chunk])
+        run = start, start + int(self.chunks["byte_len"][chunk])
+        extent = self._store.span(shard.tar, begin, end, run=run, digest=shard.sha256)
+        data = extent[data_offset - begin :][:size]
+        if google_crc32c.value(extent) != extent_crc32c:
+            damage = _damage(extent, end - begin, data if google_crc32c.value(data) != crc32c else None)
+            raise tar.DamagedTar(
+                f"{self._store.locate(shard.tar)}: sample {key_of(ordinal)}: {damage.what}", begin + damage.offset
+            )
         return Sample(ordinal, key_of(ordinal), data, extensions[at], None if label == UNLABELLED else label)
+
+    def whereabouts(self, ordinal: int) -> str:
+        """Sample and shard, for messages."""
+        chunk = int(np.searchsorted(self.chunks["first"], ordinal, side="right")) - 1
+        return f"{key_of(ordinal)} in {self._store.locate(self.manifest.shards[self.chunks['shard'][chunk]].tar)}"
 
     def labels(self) -> np.ndarray | None:
         """int64 (n,), or None for an unlabelled corpus."""
@@ -122,7 +134,17 @@ class Corpus:
         """The index, one row per sample, by ordinal. Raises UserError where a file of it is missing or damaged."""
         import pyarrow as pa
 
-        return pa.concat_tables(read_index(self.path / s.index, s.count, columns) for s in self.manifest.shards)
+        return pa.concat_tables(self._index(s, columns) for s in self.manifest.shards)
+
+    def _index(self, shard: Shard, columns: list[str] | None) -> "pa.Table":
+        name = self._store.locate(shard.index)
+        try:
+            file = self._store.read(shard.index)
+        except OSError as e:
+            raise UserError(f"{name} cannot be read ({e}): run `selfsight corpus verify`") from None
+        if hashlib.sha256(file).hexdigest() != shard.index_sha256:
+            raise foreign_index(name)
+        return read_index(file, name, shard.count, columns)
 
     def _open_chunks(self) -> None:
         path = self.path / CHUNKS_NAME
@@ -137,38 +159,27 @@ class Corpus:
     def _forget(self) -> None:
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._shards: OrderedDict[int, mmap.mmap] = OrderedDict()
-        self._checksums: OrderedDict[int, np.ndarray] = OrderedDict()
-        self._headers: OrderedDict[int, tuple[tuple[str, ...], np.ndarray]] = OrderedDict()
+        self._store = open_store(self.path)
+        self._indexed: OrderedDict[int, tuple[list[str], np.ndarray]] = OrderedDict()
+        self._chunks_known: OrderedDict[int, tuple[list[str], np.ndarray]] = OrderedDict()
 
-    def _shard(self, shard: Shard) -> mmap.mmap:
-        if self._pid != os.getpid():  # forked: the parent's lock may be held by a thread that is not here
-            self._forget()
-        with self._lock:
-            # An evicted map closes when its last reader lets go of it.
-            return _kept(self._shards, shard.number, lambda: self._map(shard), MAPPED_SHARDS)
+    def _known(self, chunk: int, shard: Shard) -> tuple[list[str], np.ndarray]:
+        """Of each sample of a chunk the extension, and int64 (n, 7): the columns FOUND_BY."""
 
-    def _map(self, shard: Shard) -> mmap.mmap:
-        with open(self.path / shard.tar, "rb") as f:
-            if os.fstat(f.fileno()).st_size != shard.bytes:
-                raise tar.DamagedTar(f"{shard.tar} should be {shard.bytes} bytes long and is not: it ends", 0)
-            return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        def of_shard() -> tuple[list[str], np.ndarray]:
+            table = self._index(shard, ["label", *FOUND_BY[:-1], "format"])
+            table = table.set_column(0, "label", table["label"].fill_null(UNLABELLED))
+            columns = [table[name].to_numpy().astype(np.int64) for name in FOUND_BY]
+            return [EXTENSIONS.get(name, "bin") for name in table["format"].to_pylist()], np.stack(columns, axis=1)
 
-    def _parsed(self, chunk: int, shard: Shard, mapped: mmap.mmap) -> tuple[tuple[str, ...], np.ndarray]:
-        """Of each sample of a chunk the extension, and int64 (n, 4): data offset, size, label, crc32c."""
-
-        def checksums() -> np.ndarray:
-            return read_index(self.path / shard.index, shard.count, ["crc32c"])["crc32c"].to_numpy()
-
-        def parse() -> tuple[tuple[str, ...], np.ndarray]:
+        def of_chunk() -> tuple[list[str], np.ndarray]:
+            extensions, found = _kept(self._indexed, shard.number, of_shard, INDEXED_SHARDS)
             row = self.chunks[chunk]
-            extensions, *numbers = zip(*parse_chunk(mapped, row), strict=True)
-            column = _kept(self._checksums, shard.number, checksums, MAPPED_SHARDS)
-            stored = column[int(row["first"]) - shard.first :][: int(row["n"])]
-            return tuple(map(sys.intern, extensions)), np.array([*numbers, stored], dtype=np.int64).T
+            rows = slice(int(row["first"]) - shard.first, int(row["first"]) - shard.first + int(row["n"]))
+            return extensions[rows], found[rows].copy()
 
         with self._lock:
-            return _kept(self._headers, chunk, parse, PARSED_CHUNKS)
+            return _kept(self._chunks_known, chunk, of_chunk, KNOWN_CHUNKS)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "manifest": self.manifest}
@@ -178,30 +189,18 @@ class Corpus:
         self._open_chunks()
 
 
-def parse_chunk(shard: mmap.mmap | bytes, row: np.void) -> list[tuple[str, int, int, int]]:
-    """(extension, data offset, size, label or UNLABELLED) of each sample. Raises DamagedTar where the headers say
-    something else."""
-    offset = int(row["byte_start"])
-    end, first, count = offset + int(row["byte_len"]), int(row["first"]), int(row["n"])
-    samples: list[tuple[str, int, int, int]] = []
-    while offset < end:
-        member = tar.parse(shard[offset : offset + tar.BLOCK], offset)
-        if member.end > end:
-            raise tar.DamagedTar("a member reaches out of its chunk", offset)
-        key, _, extension = member.name.decode("ascii", "replace").partition(".")
-        if extension == LABEL_EXTENSION and samples and key == key_of(first + len(samples) - 1):
-            text = shard[member.data_offset : member.data_offset + member.size]
-            if not text.isdigit():
-                raise tar.DamagedTar("a label that is no number", member.data_offset)
-            samples[-1] = (*samples[-1][:3], int(text))
-        elif key == key_of(first + len(samples)) and len(samples) < count:
-            samples.append((extension, member.data_offset, member.size, UNLABELLED))
-        else:
-            raise tar.DamagedTar(f"unexpected member {key}.{extension}", offset)
-        offset = member.end
-    if len(samples) != count:
-        raise tar.DamagedTar(f"{len(samples)} samples instead of {count} in the chunk", int(row["byte_start"]))
-    return samples
+def _damage(extent: bytes, length: int, broken: bytes | None) -> tar.DamagedTar:
+    """What is wrong with the bytes of a sample, which should be `length`; `broken` is its image if that is damaged."""
+    if len(extent) < length:
+        return tar.DamagedTar("the shard ends inside it", len(extent))
+    try:
+        for _ in tar.members(lambda offset, size: extent[offset : offset + size], length):
+            pass
+    except tar.DamagedTar as damage:
+        return damage
+    if broken is not None:
+        return tar.DamagedTar("the image is not what was stored", 0)
+    return tar.DamagedTar("a header, label or padding is not what was stored", 0)
 
 
 def _kept(cache: OrderedDict[int, Value], key: int, make: Callable[[], Value], most: int) -> Value:

@@ -14,10 +14,12 @@ COLUMNS = {
     "sample": "uint64",  # global ordinal
     "key": "string",  # of the WebDataset sample: the ordinal in twelve digits
     "source": "string",  # where it came from: source name / name inside it
-    "member_offset": "uint64",  # of the image's tar header in the shard
+    "member_offset": "uint64",  # of the first tar header of the sample's members in the shard
     "data_offset": "uint64",
     "size": "uint64",  # bytes of the image file
-    "crc32c": "uint32",
+    "end": "uint64",  # where the next sample begins; the shard's last one ends with the file
+    "crc32c": "uint32",  # of the image file
+    "extent_crc32c": "uint32",  # of all bytes from member_offset to end: headers, files, padding, the archive's end
     "sha256": "binary[32]",
     "width": "uint32",  # as stored, before the EXIF orientation turns it
     "height": "uint32",
@@ -47,16 +49,22 @@ def write_index(path: Path, rows: list[dict[str, Any]]) -> None:
         pq.write_table(table, f, compression="zstd", row_group_size=65536)
 
 
-def read_index(path: Path, rows: int, columns: list[str] | None = None) -> "pa.Table":
-    """The index of a shard of `rows` samples, all of it or some columns. Raises UserError where it is not that."""
+def read_index(file: bytes, name: str, rows: int, columns: list[str] | None = None) -> "pa.Table":
+    """The index of a shard of `rows` samples, all of it or some columns, from the bytes of the file called `name`.
+
+    Raises UserError where it is not that.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        with open(path, "rb") as f:  # pyarrow takes no path that is not UTF-8
-            table = pq.ParquetFile(f).read(columns, use_threads=False)
+        table = pq.ParquetFile(pa.BufferReader(file)).read(columns, use_threads=False)
     except (OSError, pa.ArrowException) as e:
-        raise UserError(f"{path} cannot be read ({e}): run `selfsight corpus verify`") from None
+        raise UserError(f"{name} cannot be read ({e}): run `selfsight corpus verify`") from None
     if table.num_rows != rows or set(table.column_names) != set(columns or COLUMNS):
-        raise UserError(f"{path} is not the index of its shard: run `selfsight corpus verify`")
+        raise foreign_index(name)
     return table
+
+
+def foreign_index(name: str) -> UserError:
+    return UserError(f"{name} is not the index of its shard: run `selfsight corpus verify`")

@@ -13,13 +13,13 @@ from selfsight.files import publish
 
 NAME = "manifest.json"
 KIND = "selfsight-corpus"
-SCHEMA = 1
+SCHEMA = 2
 COUNTS = ("seen", "kept", "rejected", "skipped", "outside", "duplicates")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard and its index file, by number: shards/NNNNNN.tar, index/NNNNNN.parquet."""
+    """One shard and its index file, by number: index/NNNNNN.parquet, and shards/NNNNNN.tar if it is not elsewhere."""
 
     number: int
     first: int  # global ordinal of its first sample
@@ -27,10 +27,11 @@ class Shard:
     bytes: int
     sha256: str
     index_sha256: str
+    url: str | None = None  # of a shard that was adopted where it lies
 
     @property
     def tar(self) -> str:
-        return f"shards/{self.number:06d}.tar"
+        return self.url or f"shards/{self.number:06d}.tar"
 
     @property
     def index(self) -> str:

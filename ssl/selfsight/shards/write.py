@@ -3,6 +3,7 @@
 import hashlib
 from typing import IO
 
+import google_crc32c
 import numpy as np
 
 from selfsight.shards import tar
@@ -19,33 +20,31 @@ class ShardWriter:
 
     def __init__(self, file: IO[bytes], *, number: int, first: int, chunk_samples: int) -> None:
         self.number, self.first, self.chunk_samples = number, first, chunk_samples
-        self.count = self.offset = 0
+        self.offset = 0
         self._file = file
         self._sha256 = hashlib.sha256()
-        self._starts: list[int] = []
+        self._crc32c = 0  # of the sample in hand
+        self._extents: list[dict[str, int]] = []
 
-    def add(self, data: bytes, extension: str, label: int | None) -> tuple[int, int]:
-        """Writes one sample; returns the offsets of its header and of its data."""
-        if self.count % self.chunk_samples == 0:
-            self._starts.append(self.offset)
-        member_offset, key = self.offset, key_of(self.first + self.count)
+    def add(self, data: bytes, extension: str, label: int | None) -> None:
+        """Writes one sample."""
+        member_offset, key = self.offset, key_of(self.first + len(self._extents))
+        self._crc32c = 0
         self._member(f"{key}.{extension}", data)
         if label is not None:
             self._member(f"{key}.{LABEL_EXTENSION}", b"%d" % label)
-        self.count += 1
-        return member_offset, member_offset + tar.BLOCK
+        self._extents.append({"member_offset": member_offset, "data_offset": member_offset + tar.BLOCK})
+        self._close()
 
-    def finish(self) -> tuple[int, str, np.ndarray]:
-        """Ends the archive: (bytes, sha256, chunk rows of CHUNK_DTYPE)."""
-        ends = [*self._starts[1:], self.offset]
-        chunks = np.zeros(len(self._starts), CHUNK_DTYPE)
-        chunks["shard"] = self.number
-        chunks["byte_start"] = self._starts
-        chunks["byte_len"] = np.subtract(ends, self._starts)
-        chunks["first"] = self.first + np.arange(len(chunks)) * self.chunk_samples
-        chunks["n"] = np.minimum(self.chunk_samples, self.first + self.count - chunks["first"])
+    def finish(self) -> tuple[int, str, np.ndarray, list[dict[str, int]]]:
+        """Ends the archive: (bytes, sha256, chunk rows of CHUNK_DTYPE, index columns that say where each sample is)."""
         self._write(tar.END)
-        return self.offset, self._sha256.hexdigest(), chunks
+        self._close()
+        chunks = chunk_rows(self._extents, number=self.number, first=self.first, chunk_samples=self.chunk_samples)
+        return self.offset, self._sha256.hexdigest(), chunks, self._extents
+
+    def _close(self) -> None:
+        self._extents[-1] |= {"end": self.offset, "extent_crc32c": self._crc32c}
 
     def _member(self, name: str, data: bytes) -> None:
         self._write(tar.header(name, len(data)))
@@ -55,4 +54,18 @@ class ShardWriter:
     def _write(self, data: bytes) -> None:
         self._file.write(data)
         self._sha256.update(data)
+        self._crc32c = google_crc32c.extend(self._crc32c, data)
         self.offset += len(data)
+
+
+def chunk_rows(extents: list[dict[str, int]], *, number: int, first: int, chunk_samples: int) -> np.ndarray:
+    """The chunk table of one shard, CHUNK_DTYPE, from `member_offset` and `end` of its samples."""
+    starts = extents[::chunk_samples]
+    ends = [*(e["member_offset"] for e in starts[1:]), extents[-1]["end"]]
+    chunks = np.zeros(len(starts), CHUNK_DTYPE)
+    chunks["shard"] = number
+    chunks["byte_start"] = [e["member_offset"] for e in starts]
+    chunks["byte_len"] = ends - chunks["byte_start"].astype(np.int64)
+    chunks["first"] = first + np.arange(len(chunks)) * chunk_samples
+    chunks["n"] = np.minimum(chunk_samples, first + len(extents) - chunks["first"].astype(np.int64))
+    return chunks

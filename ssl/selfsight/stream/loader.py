@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import threading
-from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -75,7 +74,7 @@ class _Steps(Dataset):
                 image = self.views.decode(self.corpus.sample(ordinal).data)
             except (OSError, ValueError) as e:  # of the disk; of damaged shards and images
                 raise UserError(
-                    f"cannot read image {_name(self.corpus, ordinal)} ({e}): run selfsight corpus verify"
+                    f"cannot read image {self.corpus.whereabouts(ordinal)} ({e}): run selfsight corpus verify"
                 ) from e
             self.views.into(image, ordinal, visit, out, i)
         in_hand[1] = _NOBODY
@@ -150,7 +149,7 @@ class StepLoader:
     def _obituary(self, message: str) -> str:
         """One sentence about a worker that died, from torch's message, which holds its pid."""
         named = {int(pid) for pid in re.findall(r"\d+", message)}
-        at = [_name(self._steps.corpus, o) for pid, o in self._steps.in_hand.tolist() if pid in named and o != _NOBODY]
+        at = [self._steps.corpus.whereabouts(o) for pid, o in self._steps.in_hand.tolist() if pid in named and o != _NOBODY]
         return (
             f"a process that decodes images died{f' at image {at[0]}' if at else ''}: "
             "lower stream.workers if memory or /dev/shm is short, else run selfsight corpus verify"
@@ -172,11 +171,6 @@ def _heed_parent_only(worker: int) -> None:
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
-
-
-def _name(corpus: Corpus, ordinal: int) -> str:
-    chunk = bisect_right(corpus.chunks["first"], ordinal) - 1
-    return f"{ordinal:012d} in {corpus.path / 'shards' / format(corpus.chunks['shard'][chunk], '06d')}.tar"
 
 
 def to_device(
