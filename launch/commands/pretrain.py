@@ -68,11 +68,11 @@ def _first() -> bool:
 
 
 def _print(recipe) -> int:
-    from selfsight.shards.corpus import Corpus
     from selfsight.training import resolve
+    from selfsight.training.feed import open_parts
 
     resolve.check(recipe)
-    chunks = len(Corpus.open(recipe.corpus).chunks) if recipe.corpus else None
+    chunks = min(part.chunks for part in open_parts(recipe)) if recipe.corpus or recipe.mixture else None
     resolve.settle(recipe, chunks=chunks)
     print(recipe.to_yaml(), end="")
     return 0

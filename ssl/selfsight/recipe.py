@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from selfsight.errors import UserError
 
-PATHS = ("corpus", "output")  # taken as they are typed: a folder may be called 007, 1e3 or 2024-01-01
+PATHS = ("corpus", "selection", "output")  # taken as they are typed: a folder may be called 007, 1e3 or 2024-01-01
 
 
 @dataclass
@@ -49,7 +49,18 @@ class OptimizerConfig:
 class StreamConfig:
     lanes: int | None = None  # null = the largest divisor of the batch that the corpus fills, 256 at most
     window: int = 16  # chunks shuffled together in a lane
-    workers: int | None = None  # decoding processes per rank; null = one per core that training leaves over
+    workers: int | None = None  # decoding threads per rank; null = one per core that training leaves over
+    max_damaged: float = 0.001  # share of the images read that may be replaced before training stops
+
+
+@dataclass
+class PartConfig:
+    """One of several corpora to train on."""
+
+    corpus: str = MISSING  # as the recipe's key
+    selection: str | None = None  # as the recipe's key
+    weight: float = 1.0  # share of its images in blended batches, relative to the other parts
+    alone: float = 0.0  # share of the steps whose whole batch is its
 
 
 @dataclass
@@ -64,7 +75,9 @@ class TrainingConfig:
 
 @dataclass
 class Recipe:
-    corpus: str | None = None  # folder made by `selfsight corpus build`; training needs it
+    corpus: str | None = None  # folder or URL of what `selfsight corpus build` made; training needs it, or a mixture
+    selection: str | None = None  # name of one of its selections, or a Parquet file; null = all images once
+    mixture: list[PartConfig] = field(default_factory=list)  # several corpora, instead of `corpus` and `selection`
     output: str | None = None  # run folder; training needs it
     seed: int = 0
     batch_size: int = 256  # global: over all ranks and micro-batches
@@ -92,6 +105,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict, without provenance; `load` reads it back."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "provenance"}
+        plain["mixture"] = [asdict(part) for part in self.mixture]
         return {
             k: (asdict(v) if is_dataclass(v) and not isinstance(v, type) else v)  # objective.config is a dict already
             for k, v in plain.items()

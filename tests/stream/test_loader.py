@@ -1,20 +1,17 @@
 import os
 import pickle
-import signal
-from io import BytesIO
-from pathlib import Path
-from types import SimpleNamespace
+import threading
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from selfsight.errors import UserError
 from selfsight.shards import decode_image
-from selfsight.shards.corpus import CHUNK_DTYPE
 from selfsight.stream.loader import StepLoader, auto_workers, to_device
+from selfsight.stream.mixture import Mixture, Part
 from selfsight.stream.order import Order
+from selfsight.stream.quarantine import Quarantine, read_quarantine
 from selfsight.stream.views import Views
 from selfsight.viewspec import MEAN, STD, CropSpec, NoiseSpec, ViewSpec
 
@@ -25,33 +22,16 @@ SPEC = ViewSpec(
     ),
     (NoiseSpec("mask", 4),),
 )
-BAD = b"no image"
 
 
-class Images:
-    """What the loader uses of a Corpus, in memory: images each like no other, 5 chunks to a shard."""
+@pytest.fixture(scope="module")
+def loader(images):
+    def make(corpus=None, *, batch_size=16, total_steps=6, workers=0, **more):
+        mixture = Mixture([Part(corpus or images())], batch_size=batch_size, lanes=4, window=2, seed=1)
+        views = Views(SPEC, seed=1, decode=decode_image)
+        return StepLoader(mixture, views, total_steps=total_steps, workers=workers, **more)
 
-    path = Path("corpus")
-
-    def __init__(self, sizes=(4, 4, 4, 4, 4) * 4, bad=()):
-        self.chunks = np.zeros(len(sizes), dtype=CHUNK_DTYPE)
-        self.chunks["n"], self.chunks["first"] = sizes, np.cumsum(sizes) - sizes
-        self.chunks["shard"] = np.arange(len(sizes)) // 5
-        self.n, self.bad = sum(sizes), bad
-
-    def sample(self, ordinal):
-        if ordinal in self.bad:
-            return SimpleNamespace(data=BAD)
-        pixels = np.random.default_rng(ordinal).integers(0, 256, (20, 24, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(file := BytesIO(), "PNG")
-        return SimpleNamespace(data=file.getvalue())
-
-
-def loader(images=None, *, batch_size=16, total_steps=6, decode=decode_image, workers=0, **more):
-    images = images or Images()
-    order = Order(images.chunks["n"], batch_size=batch_size, lanes=4, window=2, seed=1)
-    views = Views(SPEC, seed=1, decode=decode)
-    return StepLoader(images, order, views, total_steps=total_steps, workers=workers, **more)
+    return make
 
 
 def joined(steps):
@@ -71,47 +51,48 @@ def assert_same(got, want):
 
 
 @pytest.fixture(scope="module")
-def unbroken():
+def unbroken(loader):
     return joined(loader())
 
 
-def test_shapes_and_types(unbroken):
+def test_shapes_and_types(unbroken, loader):
     assert {k: (tuple(v.shape), v.dtype) for k, v in unbroken[0].items()} == {
         "global": ((2, 16, 3, 16, 16), torch.uint8),
         "local": ((3, 16, 3, 8, 8), torch.uint8),
         "mask": ((16, 4), torch.float32),
         "ordinal": ((16,), torch.int64),
+        "part": ((16,), torch.int64),
     }
     assert len(loader()) == len(unbroken) == 6
 
 
-def test_an_item_is_the_views_of_its_sample(unbroken):
-    ordinals, visits = Order(Images().chunks["n"], batch_size=16, lanes=4, window=2, seed=1).step(5)
+def test_an_item_is_the_views_of_its_sample(unbroken, images):
+    ordinals, visits = Order(images().chunks["n"], batch_size=16, lanes=4, window=2, seed=1).step(5)
     want = Views(SPEC, seed=1, decode=decode_image)(
-        decode_image(Images().sample(int(ordinals[9])).data), int(ordinals[9]), int(visits[9])
+        decode_image(images().sample(int(ordinals[9])).data), int(ordinals[9]), int(visits[9])
     )
     np.testing.assert_array_equal(unbroken[5]["ordinal"], ordinals)
     np.testing.assert_array_equal(unbroken[5]["local"][:, 9], want["local"])
     np.testing.assert_array_equal(unbroken[5]["mask"][9], want["mask"])
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_workers_change_nothing(workers, unbroken):
+@pytest.mark.parametrize("workers", [1, 2, 8])
+def test_workers_change_nothing(workers, unbroken, loader):
     assert_same(joined(loader(workers=workers)), unbroken)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_share_out_the_same_batch(world_size, unbroken):
+@pytest.mark.parametrize("world_size", [2, 4, 16])
+def test_ranks_share_out_the_same_batch(world_size, unbroken, loader):
     ranks = [joined(loader(rank=r, world_size=world_size)) for r in range(world_size)]
     assert_same(joined(zip(*ranks, strict=True)), unbroken)
 
 
 @pytest.mark.parametrize("start", range(6))
-def test_resuming_is_beginning_at_a_later_step(start, unbroken):
+def test_resuming_is_beginning_at_a_later_step(start, unbroken, loader):
     assert_same(joined(loader(start_step=start)), unbroken[start:])
 
 
-def test_accumulation_splits_the_step_of_a_rank(unbroken):
+def test_accumulation_splits_the_step_of_a_rank(unbroken, loader):
     steps = list(loader(accumulation=4))
     assert [len(s) for s in steps] == [4] * 6
     assert steps[0][0]["global"].shape == (2, 4, 3, 16, 16)
@@ -120,7 +101,7 @@ def test_accumulation_splits_the_step_of_a_rank(unbroken):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_the_random_state_of_the_trainer_is_left_alone(workers):
+def test_the_random_state_of_the_trainer_is_left_alone(workers, loader):
     torch.manual_seed(5)
     np.random.seed(5)
     before, before_numpy = torch.get_rng_state(), pickle.dumps(np.random.get_state())
@@ -129,37 +110,83 @@ def test_the_random_state_of_the_trainer_is_left_alone(workers):
     assert pickle.dumps(np.random.get_state()) == before_numpy
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_does_not_decode_is_named(workers):
-    with pytest.raises(UserError) as caught:
-        list(loader(Images(bad=(47,)), workers=workers))
-    assert str(caught.value) == (
-        "cannot read image 000000000047 in corpus/shards/000002.tar (not an image): run selfsight corpus verify"
-    )
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_a_bad_image_is_replaced_and_the_stream_does_not_shift(workers, world_size, unbroken, tmp_path, loader, images):
+    """On any number of ranks the same sample stands in, from the same window, and the others stay what they were."""
+    bad = (47, 11)
+    loaders = [
+        loader(
+            images(bad=bad),
+            rank=r,
+            world_size=world_size,
+            workers=workers,
+            quarantine=Quarantine(tmp_path / f"{r}.jsonl"),
+        )
+        for r in range(world_size)
+    ]
+    ranks = [joined(one) for one in loaders]
+    got = joined(zip(*ranks, strict=True))
+    replaced = 0
+    for step, want in zip(got, unbroken, strict=True):
+        for place, ordinal in enumerate(want["ordinal"].tolist()):
+            shown = int(step["ordinal"][place])
+            same = all(torch.equal(step[n][:, place], want[n][:, place]) for n in ("global", "local"))
+            if ordinal in bad:
+                replaced += 1
+                assert shown not in (ordinal, *bad)
+                assert not same
+            else:
+                assert shown == ordinal
+                assert same
+    assert replaced
+    found = list(read_quarantine(tmp_path))
+    assert {f.sample for f in found} <= set(bad)
+    assert len({f.sample for f in found}) == len({o for s in unbroken for o in s["ordinal"].tolist()} & set(bad))
+    assert all(f.what == "not an image" and f"{f.sample:012d} in corpus/shards" in f.where for f in found)
+    one = joined(loader(images(bad=bad)))
+    assert_same(got, one)
+    assert sum(sum(one.delivered.values()) for one in loaders) == 96  # a replaced place is a delivered one
 
 
-def test_an_image_that_kills_its_process_is_named():
-    def deadly(data):
-        if data == BAD:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return decode_image(data)
-
-    with pytest.raises(UserError, match=r"died at image 000000000047 in corpus/shards/000002\.tar: .*stream.workers"):
-        list(loader(Images(bad=(47,)), workers=2, decode=deadly))
-
-
-def test_workers_outlive_signals_that_are_meant_for_the_trainer(unbroken):
-    def interrupted(data):
-        if os.getpid() != trainer:
-            os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGINT)
-        return decode_image(data)
-
-    trainer = os.getpid()
-    assert_same(joined(loader(workers=1, decode=interrupted)), unbroken)
+def test_a_stand_in_shows_crops_that_its_own_turn_does_not(unbroken, loader, images):
+    got = joined(loader(images(bad=(47,))))
+    at = next((t, i) for t, s in enumerate(unbroken) for i, o in enumerate(s["ordinal"].tolist()) if o == 47)
+    shown = int(got[at[0]]["ordinal"][at[1]])
+    own = [(t, i) for t, s in enumerate(unbroken) for i, o in enumerate(s["ordinal"].tolist()) if o == shown]
+    assert own
+    for t, i in own:
+        assert not torch.equal(unbroken[t]["global"][:, i], got[at[0]]["global"][:, at[1]])
 
 
-def test_batches_that_do_not_divide_are_refused():
+def test_too_many_bad_images_end_in_a_sentence(loader, images):
+    with pytest.raises(UserError, match=r"^\d+ of \d+ images cannot be read, more than stream.max_damaged=0.001 "):
+        list(loader(images(bad=range(0, 80, 5)), workers=2))
+    borne = loader(images(bad=range(0, 80, 5)), quarantine=Quarantine(limit=0.5))
+    assert len(list(borne)) == 6
+    assert len(borne.quarantine) == 16
+
+
+def test_a_window_without_a_sound_image_ends_in_a_sentence(loader, images):
+    with pytest.raises(UserError, match=r"^cannot read image \d+ in corpus/.* nor those around it: run"):
+        list(loader(images(bad=range(80)), workers=1))
+
+
+def test_what_was_delivered_is_counted(loader):
+    one = loader(total_steps=11)
+    list(one)
+    assert one.delivered == {(0, 0): 80, (0, 1): 80, (0, 2): 16}
+
+
+def test_leaving_early_ends_the_threads(unbroken, loader):
+    before = threading.active_count()
+    steps = iter(loader(workers=4, total_steps=10**6))
+    assert_same(joined([next(steps)]), unbroken[:1])
+    steps.close()
+    assert threading.active_count() == before
+
+
+def test_batches_that_do_not_divide_are_refused(loader):
     with pytest.raises(UserError, match="16 is no multiple of 3 processes"):
         loader(world_size=3)
     with pytest.raises(UserError, match="accumulation 5"):
@@ -183,7 +210,7 @@ def test_to_device_normalises_crops(unbroken):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_on_a_gpu_batches_are_pinned_and_the_same():
+def test_on_a_gpu_batches_are_pinned_and_the_same(loader):
     batch = next(iter(loader(workers=1)))[0]
     assert all(t.is_pinned() for t in batch.values())
     on_gpu, here = to_device(batch, "cuda"), to_device(batch, "cpu")

@@ -8,7 +8,8 @@ from selfsight.corpus import build
 from selfsight.errors import UserError
 from selfsight.shards import Corpus, decode_image
 from selfsight.stream.loader import StepLoader
-from selfsight.stream.order import Order, auto_lanes
+from selfsight.stream.mixture import Mixture, Part
+from selfsight.stream.order import auto_lanes
 from selfsight.stream.views import Views
 from selfsight.viewspec import CropSpec, ViewSpec
 
@@ -27,8 +28,9 @@ def corpus(tmp_path_factory):
 
 
 def loader(corpus, **more):
-    order = Order(corpus.chunks["n"], batch_size=30, lanes=auto_lanes(30, len(corpus.chunks)), window=2, seed=0)
-    return StepLoader(corpus, order, Views(PLAIN, seed=0, decode=decode_image), **more)
+    lanes = auto_lanes(30, len(corpus.chunks))
+    mixture = Mixture([Part(corpus)], batch_size=30, lanes=lanes, window=2, seed=0)
+    return StepLoader(mixture, Views(PLAIN, seed=0, decode=decode_image), **more)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -43,22 +45,28 @@ def test_every_pixel_of_an_epoch_is_that_of_the_corpus(corpus, workers):
     assert sorted(seen.values()) == list(range(90))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_shard_ends_in_a_sentence(corpus, tmp_path, workers):
-    copy = tmp_path / "corpus"
-    shutil.copytree(corpus.path, copy)
+@pytest.fixture
+def copy(corpus, tmp_path):
+    return shutil.copytree(corpus.path, tmp_path / "corpus")
+
+
+def test_a_flipped_bit_costs_its_own_sample(corpus, copy):
     shard = sorted((copy / "shards").iterdir())[1]
     data = bytearray(shard.read_bytes())
     data[3] ^= 1  # in the name field of its first header
     shard.write_bytes(data)
-    with pytest.raises(UserError, match=rf"cannot read image \d{{12}} in {shard} .*: run selfsight corpus verify$"):
-        list(loader(Corpus.open(copy), total_steps=3, workers=workers))
+    lost = corpus.manifest.shards[1].first
+    steps = loader(Corpus.open(copy), total_steps=6, workers=1)
+    shown = [b["ordinal"].tolist() for (b,) in steps]
+    want = [b["ordinal"].tolist() for (b,) in loader(corpus, total_steps=6, workers=0)]
+    changed = [(a, b) for x, y in zip(shown, want, strict=True) for a, b in zip(x, y, strict=True) if a != b]
+    assert [b for _, b in changed] == [lost, lost]
+    assert len(steps.quarantine) == 1
 
 
-def test_a_shard_that_went_missing_ends_in_a_sentence(corpus, tmp_path):
-    copy = tmp_path / "corpus"
-    shutil.copytree(corpus.path, copy)
+def test_a_shard_that_went_missing_ends_in_a_sentence(copy):
     opened = Corpus.open(copy)
-    sorted((copy / "shards").iterdir())[1].unlink()
-    with pytest.raises(UserError, match="cannot read image"):
+    gone = sorted((copy / "shards").iterdir())[1]
+    gone.unlink()
+    with pytest.raises(UserError, match=rf"^[^\n]*{gone}[^\n]*: run selfsight corpus verify$"):
         list(loader(opened, total_steps=3, workers=1))

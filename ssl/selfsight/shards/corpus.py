@@ -1,9 +1,9 @@
 """A finished corpus, read: any sample by its global ordinal, straight from its shards.
 
-The chunk table says in which run of bytes a sample lies, the index where exactly and what the checksum of its extent is:
-headers, image, label and padding together. One comparison tells a sound sample; what is wrong with another is then looked
-for, so that it can be named. Nothing is opened before it is needed, and each process opens its own, so a Corpus can be
-pickled, forked and shared between threads.
+The chunk table says in which run of bytes a sample lies, the index where exactly and what the checksum of its extent
+is: headers, image, label and padding together. One comparison tells a sound sample; what is wrong with another is then
+looked for, so that it can be named. Nothing is opened before it is needed, and each process opens its own, so a Corpus
+can be pickled, forked and shared between threads.
 """
 
 import hashlib

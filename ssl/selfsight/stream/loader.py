@@ -1,99 +1,64 @@
-"""Steps → batches: reads, decodes and crops the samples that the order names, in worker processes, whole steps each.
+"""Steps → batches: reads, decodes and crops the samples that the mixture names, in threads, several steps ahead.
 
-What a batch holds depends on (corpus, order, views, step) alone: neither on the workers nor on the other ranks, and the
-random numbers of the process that trains are not touched. Crops travel as uint8; `to_device` normalises them there.
+What a batch holds depends on (parts, order, views, step) alone: neither on the threads nor on the other ranks, and the
+random numbers of the process that trains are not touched. The work is done outside Python's lock, in the decoder and in
+compiled kernels, so threads are enough: nothing is pickled, and crops are written once, into the memory that the device
+copies from. A sample that cannot be had is replaced by another one of its window; the stream does not shift.
 """
 
 import os
-import re
-import signal
 import threading
+from collections import Counter, deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from selfsight.errors import UserError
 from selfsight.machine import available_cores
 from selfsight.shards import Corpus
-from selfsight.stream.order import Order
+from selfsight.stream.mixture import Mixture, Slots
+from selfsight.stream.quarantine import Finding, Quarantine
 from selfsight.stream.views import Views
 from selfsight.viewspec import MEAN, STD
 
 MAX_WORKERS = 16
-_NOBODY = -1
+STAND_INS = 16  # tried for one sample
+TASK = 8  # samples a thread takes at a time
 
 
 def auto_workers(ranks_here: int = 1) -> int:
-    """Decoding processes per rank when `ranks_here` ranks share this machine: a core each is left to training."""
+    """Decoding threads per rank when `ranks_here` ranks share this machine: a core each is left to training."""
     return max(0, min(available_cores() // ranks_here - 1, MAX_WORKERS))
 
 
-@dataclass(frozen=True)
-class _Failure:
-    """A user's mistake met in a worker: sent as data, because a raised one would arrive wrapped in its traceback."""
+@dataclass
+class _Step:
+    """A rank's part of step t on its way. Tensors have the micro-batches as their first dimension."""
 
-    sentence: str
-
-
-class _Steps(Dataset):
-    """Map-style: item `t` is this rank's part of step `t`, every tensor with the micro-batches as its first dimension.
-
-    One tensor per view and step, however many micro-batches: each costs a file descriptor on its way between processes.
-    """
-
-    def __init__(self, corpus: Corpus, order: Order, views: Views, start: int, stop: int, parts: int, workers: int):
-        self.corpus, self.order, self.views = corpus, order, views
-        self.start, self.stop, self.parts = start, stop, parts
-        # (pid, ordinal in hand) of each worker, so that the main process can name what a worker died of.
-        self.in_hand = torch.full((max(workers, 1), 2), _NOBODY, dtype=torch.int64).share_memory_()
-
-    def __getitem__(self, t: int) -> dict[str, Tensor] | _Failure:
-        ordinals, visits = (x.reshape(self.parts, -1) for x in self.order.step(t, self.start, self.stop))
-        shapes = self.views.shapes(ordinals.shape[1])
-        arrays = {name: np.empty((self.parts, *shape), dtype) for name, (shape, dtype) in shapes.items()}
-        try:
-            for part in range(self.parts):
-                self._fill({n: a[part] for n, a in arrays.items()}, ordinals[part].tolist(), visits[part].tolist())
-        except UserError as e:
-            return _Failure(str(e))
-        return {name: torch.from_numpy(array) for name, array in arrays.items()} | {
-            "ordinal": torch.from_numpy(ordinals)
-        }
-
-    def _fill(self, out: dict[str, np.ndarray], ordinals: list[int], visits: list[int]) -> None:
-        worker = get_worker_info()
-        in_hand = self.in_hand[worker.id if worker else 0].numpy()
-        in_hand[0] = os.getpid()
-        for i, (ordinal, visit) in enumerate(zip(ordinals, visits, strict=True)):
-            in_hand[1] = ordinal
-            try:
-                image = self.views.decode(self.corpus.sample(ordinal).data)
-            except (OSError, ValueError) as e:  # of the disk; of damaged shards and images
-                raise UserError(
-                    f"cannot read image {self.corpus.whereabouts(ordinal)} ({e}): run selfsight corpus verify"
-                ) from e
-            self.views.into(image, ordinal, visit, out, i)
-        in_hand[1] = _NOBODY
+    t: int
+    slots: Slots
+    tensors: dict[str, Tensor]
+    tasks: list[Future]
 
 
 class StepLoader:
     """Iterates over the steps start_step … total_steps − 1 of one rank.
 
     Each step is a list of `accumulation` micro-batches: dicts of crops uint8 (count, b, 3, size, size), noise float32
-    (b, length) and "ordinal" int64 (b,), with b = batch_size / world_size / accumulation; pinned when CUDA is there.
+    (b, length), "part" and "ordinal" int64 (b,), with b = batch_size / world_size / accumulation; pinned when CUDA is
+    there. "ordinal" is the sample that is shown, also where it stands in for another.
 
-    `workers` None means `auto_workers`; 0 works in this process. Raises UserError when the batch does not divide, and
-    when an image does not decode or a worker dies of one, naming the image and its shard.
+    `workers` None means `auto_workers`; 0 works in this thread. `delivered` counts the samples handed out, by
+    (part, epoch). Raises UserError when the batch does not divide, and when too many samples cannot be had.
     """
 
     def __init__(
         self,
-        corpus: Corpus,
-        order: Order,
+        mixture: Mixture,
         views: Views,
         *,
         rank: int = 0,
@@ -102,75 +67,122 @@ class StepLoader:
         total_steps: int,
         workers: int | None = None,
         accumulation: int = 1,
+        quarantine: Quarantine | None = None,
     ) -> None:
-        if order.batch_size % (world_size * accumulation):
+        if mixture.batch_size % (world_size * accumulation):
             raise UserError(
-                f"batch_size {order.batch_size} is no multiple of {world_size} processes × accumulation "
+                f"batch_size {mixture.batch_size} is no multiple of {world_size} processes × accumulation "
                 f"{accumulation}: change batch_size or training.accumulation"
             )
-        if order.n != corpus.n:
-            raise ValueError(f"the order is of {order.n} samples, the corpus has {corpus.n}")
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
         self.workers = auto_workers(ranks_here) if workers is None else workers
         self.start_step, self.total_steps = start_step, total_steps
-        share = order.batch_size // world_size
-        self._steps = _Steps(corpus, order, views, rank * share, (rank + 1) * share, accumulation, self.workers)
+        self.mixture, self.views, self.accumulation = mixture, views, accumulation
+        self.quarantine = Quarantine() if quarantine is None else quarantine
+        self.delivered: Counter[tuple[int, int]] = Counter()
+        self._first = rank * (mixture.batch_size // world_size)
+        self._share = mixture.batch_size // world_size
+        self._lock = threading.Lock()  # of the mixture
 
     def __len__(self) -> int:
         return max(0, self.total_steps - self.start_step)
 
     def __iter__(self) -> Iterator[list[dict[str, Tensor]]]:
-        loader = DataLoader(
-            self._steps,
-            batch_size=None,
-            sampler=range(self.start_step, self.total_steps),
-            num_workers=self.workers,
-            prefetch_factor=2 if self.workers else None,
-            pin_memory=torch.cuda.is_available(),
-            # Without one of its own the loader would draw its workers' seeds from the trainer's generator.
-            generator=torch.Generator().manual_seed(0),
-            worker_init_fn=_heed_parent_only,
-        )
-        # torch's handler of SIGCHLD would raise wherever the trainer happens to be; without it `next` notices soon.
-        on_child = signal.getsignal(signal.SIGCHLD)
-        steps = iter(loader)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, on_child)
+        if self.workers == 0:
+            for t in range(self.start_step, self.total_steps):
+                step = self._begin(t, None)
+                yield self._finish(step)
+            return
+        # Enough in flight that no thread waits while the trainer is busy with a step.
+        ahead = 1 + max(2, -(-2 * TASK * self.workers // self._share))
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
+        in_flight: deque[_Step] = deque()
         try:
-            for step in steps:
-                if isinstance(step, _Failure):
-                    raise UserError(step.sentence)
-                yield [{name: tensor[part] for name, tensor in step.items()} for part in range(self._steps.parts)]
-        except RuntimeError as e:
-            if "DataLoader worker" not in str(e):
-                raise
-            raise UserError(self._obituary(str(e))) from e
+            for t in range(self.start_step, self.total_steps):
+                in_flight.append(self._begin(t, pool))
+                if len(in_flight) >= ahead:
+                    yield self._finish(in_flight.popleft())
+            while in_flight:
+                yield self._finish(in_flight.popleft())
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
-    def _obituary(self, message: str) -> str:
-        """One sentence about a worker that died, from torch's message, which holds its pid."""
-        named = {int(pid) for pid in re.findall(r"\d+", message)}
-        at = [self._steps.corpus.whereabouts(o) for pid, o in self._steps.in_hand.tolist() if pid in named and o != _NOBODY]
-        return (
-            f"a process that decodes images died{f' at image {at[0]}' if at else ''}: "
-            "lower stream.workers if memory or /dev/shm is short, else run selfsight corpus verify"
+    def _begin(self, t: int, pool: ThreadPoolExecutor | None) -> _Step:
+        with self._lock:
+            slots = self.mixture.step(t, self._first, self._first + self._share)
+        shapes = self.views.shapes(self._share // self.accumulation)
+        tensors = {
+            name: torch.empty(
+                (self.accumulation, *shape), dtype=_TORCH[np.dtype(kind)], pin_memory=torch.cuda.is_available()
+            )
+            for name, (shape, kind) in shapes.items()
+        }
+        step = _Step(t, slots, tensors, [])
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        size = max(1, min(TASK, self._share // (2 * self.workers or 1)))
+        for at in range(0, self._share, size):
+            places = range(at, min(at + size, self._share))
+            if pool is None:
+                self._fill(step, arrays, places)
+            else:
+                step.tasks.append(pool.submit(self._fill, step, arrays, places))
+        return step
+
+    def _fill(self, step: _Step, arrays: dict[str, np.ndarray], places: range) -> None:
+        """Writes the views of these places of a step."""
+        slots, b = step.slots, self._share // self.accumulation
+        for place in places:
+            corpus = self.mixture.parts[slots.part[place]].corpus
+            ordinal, visit = int(slots.ordinal[place]), int(slots.visit[place])
+            try:
+                image = self._image(corpus, ordinal)
+            except (OSError, ValueError) as why:  # of disks and networks; of damaged shards and images
+                image, ordinal, visit = self._stand_in(step, place, corpus, why)
+                slots.ordinal[place] = ordinal
+            part, i = divmod(place, b)
+            self.views.into(image, ordinal, visit, {name: array[part] for name, array in arrays.items()}, i)
+
+    def _image(self, corpus: Corpus, ordinal: int) -> np.ndarray:
+        return self.views.decode(corpus.sample(ordinal).data)
+
+    def _stand_in(self, step: _Step, place: int, corpus: Corpus, why: Exception) -> tuple[np.ndarray, int, int]:
+        """The image, ordinal and visit of a sample that can be had instead, and a line in the quarantine list."""
+        lost = int(step.slots.ordinal[place])
+        for attempt in range(STAND_INS):
+            with self._lock:
+                found = self.mixture.stand_in(step.t, self._first + place, attempt)
+            if found is None:
+                break
+            try:
+                image = self._image(corpus, found[0])
+            except (OSError, ValueError):
+                continue  # it is found by itself when its turn comes
+            self._report(step, lost, corpus, why, found[0])
+            return image, *found
+        self._report(step, lost, corpus, why, None)
+        raise UserError(
+            f"cannot read image {corpus.whereabouts(lost)} ({why}), nor those around it: run selfsight corpus verify"
         )
 
+    def _report(self, step: _Step, lost: int, corpus: Corpus, why: Exception, stand_in: int | None) -> None:
+        read = min((step.t - self.start_step + 1) * self._share, self.mixture.n)
+        self.quarantine.add(Finding(step.t, lost, corpus.whereabouts(lost), str(why), stand_in), read)
 
-def _heed_parent_only(worker: int) -> None:
-    """In a worker: only the process that started it may end it.
+    def _finish(self, step: _Step) -> list[dict[str, Tensor]]:
+        for task in step.tasks:
+            task.result()
+        pairs, counts = np.unique(np.stack([step.slots.part, step.slots.epoch]), axis=1, return_counts=True)
+        for (part, epoch), count in zip(pairs.T.tolist(), counts.tolist(), strict=True):
+            if epoch >= 0:
+                self.delivered[part, epoch] += count
+        tensors = step.tensors | {
+            name: torch.from_numpy(values).view(self.accumulation, -1)
+            for name, values in (("part", step.slots.part), ("ordinal", step.slots.ordinal))
+        }
+        return [{name: tensor[part] for name, tensor in tensors.items()} for part in range(self.accumulation)]
 
-    Ctrl-C and a scheduler's notice of preemption reach every process of a job. The trainer answers them with a
-    checkpoint, for which its loader must not have died under it.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
-    def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-    threading.Thread(target=wait, daemon=True).start()
+_TORCH = {np.dtype(np.uint8): torch.uint8, np.dtype(np.float32): torch.float32}
 
 
 def to_device(

@@ -1,19 +1,25 @@
 """Which samples make the batch of step t: a pure function of (chunk sizes, batch_size, lanes, window, seed, t).
 
-Epoch e permutes the chunks; lane l of L takes every L-th of them, shuffles inside windows of `window` chunks, and rolls
-on into epoch e + 1 by itself. Step t is the next batch_size / L samples of every lane. So the batch is the same set for
-any number of ranks and workers, resuming is knowing t, and nothing is padded, dropped or replayed.
+Epoch e permutes the chunks and cuts their samples into L segments of equal length, to one sample. Lane l plays one
+segment an epoch, another one each time, shuffled inside windows of `window` chunks or more. Step t is the next
+batch_size / L samples of every lane. So the batch is the same set for any number of ranks and workers, resuming is
+knowing t, at any t as soon as at the first one, and nothing is padded, dropped or replayed.
 """
 
-from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from selfsight.errors import UserError
 
 MAX_LANES = 256
+EPOCHS_KEPT = 3  # lanes are never more than a sample apart: two at a time, and the one before for a look back
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 
 def auto_lanes(batch_size: int, n_chunks: int) -> int:
@@ -25,7 +31,13 @@ def auto_lanes(batch_size: int, n_chunks: int) -> int:
 @dataclass(frozen=True)
 class _Epoch:
     permutation: np.ndarray  # (n_chunks,) uint32
-    ends: np.ndarray  # (L, n_windows) int64: samples of the lane up to the end of each of its windows
+    ends: np.ndarray  # (n_chunks,) int64: samples in the permuted chunks up to the end of each
+
+
+@dataclass(frozen=True)
+class _Window:
+    samples: np.ndarray  # int64: the shuffled ordinals
+    at: int  # where in it the asked position is
 
 
 class Order:
@@ -33,6 +45,7 @@ class Order:
 
     `sizes` (n_chunks,) holds the samples per chunk in the order of the corpus, so that sample ordinals follow from it.
     An instance only remembers what it computed; two instances with equal arguments agree, whatever was asked before.
+    Threads must not share one.
 
     Raises UserError when the batch is larger than the corpus, the lanes do not divide the batch, or the corpus has
     fewer chunks than lanes.
@@ -57,12 +70,8 @@ class Order:
                 f"corpus has {len(self.sizes)} chunks for {lanes} lanes: "
                 f"set stream.lanes to {auto_lanes(batch_size, len(self.sizes))} or null"
             )
-        self._starts = [np.zeros(lanes, dtype=np.int64)]  # per epoch: the position at which each lane enters it
-        # Lanes drift apart by an epoch or a few; small corpora can afford to remember all epochs that are in flight.
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
-        self._epochs_kept = max(4, 2**21 // len(self.sizes))
         self._windows: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
-        self._windows_kept = 2 * lanes
 
     def step(self, t: int, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Positions [start, stop) of the batch of step `t`, the whole batch by default.
@@ -71,71 +80,116 @@ class Order:
         is in: over the run each pair (ordinal, visit) comes once. Rank r of W takes [r·B/W, (r+1)·B/W).
         """
         stop = self.batch_size if stop is None else stop
+        ordinals, visits = np.empty(stop - start, dtype=np.int64), np.empty(stop - start, dtype=np.int64)
+        for piece, lane, position in self.pieces(t, start, stop):
+            ordinals[piece], visits[piece] = self.lane(lane, position, piece.stop - piece.start)
+        return ordinals, visits
+
+    def pieces(self, t: int, start: int, stop: int) -> list[tuple[slice, int, int]]:
+        """Positions [start, stop) of step `t` as (slice of them, lane, position in the lane)."""
         if t < 0 or not 0 <= start <= stop <= self.batch_size:
             raise ValueError(f"no positions [{start}, {stop}) in step {t} of batches of {self.batch_size}")
-        ordinals, visits = np.empty(stop - start, dtype=np.int64), np.empty(stop - start, dtype=np.int64)
         share = self.batch_size // self.lanes  # samples per lane and step
-        at = start
+        found, at = [], start
         while at < stop:
             lane, inside = divmod(at, share)
             count = min(share - inside, stop - at)
-            piece = slice(at - start, at - start + count)
-            ordinals[piece], visits[piece] = self.lane(lane, t * share + inside, count)
+            found.append((slice(at - start, at - start + count), lane, t * share + inside))
             at += count
-        return ordinals, visits
+        return found
 
     def lane(self, lane: int, position: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """`count` samples of one lane's endless sequence, from `position` on: (ordinals, visits), int64 (count,)."""
         ordinals, visits = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
         done = 0
         while done < count:
-            epoch, offset = self._locate(lane, position + done)
-            ends = self._epoch(epoch).ends[lane]
-            w = int(np.searchsorted(ends, offset, side="right"))
-            samples = self._window(epoch, lane, w)
-            inside = len(samples) - (int(ends[w]) - offset)
-            taken = samples[inside : inside + count - done]
+            epoch, window = self._window(lane, position + done)
+            taken = window.samples[window.at : window.at + count - done]
             ordinals[done : done + len(taken)] = taken
             visits[done : done + len(taken)] = epoch
             done += len(taken)
         return ordinals, visits
 
+    def stand_in(self, lane: int, position: int, attempt: int) -> int | None:
+        """The ordinal of a sample of the same window for one that cannot be had: another one for each `attempt`.
+
+        None once every sample of the window has been named.
+        """
+        epoch, window = self._window(lane, position)
+        others = len(window.samples) - 1
+        if attempt >= others:
+            return None
+        # Steps of a size that shares no factor with `others` reach each of them once.
+        rng = np.random.Generator(np.random.PCG64([self.seed, epoch, lane, position, 1]))
+        first, stride = int(rng.integers(others)), int(rng.integers(1, others + 1))
+        while np.gcd(stride, others) != 1:
+            stride += 1
+        return int(window.samples[(window.at + 1 + (first + attempt * stride) % others) % len(window.samples)])
+
+    def epochs_over(self, lane: int, position: int) -> int:
+        """How many epochs a lane has behind it at `position`."""
+        return self._locate(lane, position)[0]
+
+    def _start(self, lane: int, epoch: int) -> int:
+        """The position at which a lane enters an epoch: it has played the segments lane, lane + 1, … (mod L)."""
+        rounds, rest = divmod(epoch, self.lanes)
+        last = lane + rest
+        wrapped = self._border(last - self.lanes) + self.n - self._border(lane)
+        return rounds * self.n + (wrapped if last > self.lanes else self._border(last) - self._border(lane))
+
+    def _border(self, segment: int) -> int:
+        """Samples of an epoch that come before a segment."""
+        return segment * self.n // self.lanes
+
     def _locate(self, lane: int, position: int) -> tuple[int, int]:
         """The epoch in which the lane is at `position`, and how many of its samples of that epoch came before."""
-        while self._starts[-1][lane] <= position:
-            last = len(self._starts) - 1
-            self._starts.append(self._starts[-1] + self._epoch(last).ends[:, -1])
-        epoch = bisect_right(self._starts, position, key=lambda starts: starts[lane]) - 1
-        return epoch, position - int(self._starts[epoch][lane])
+        epoch = position * self.lanes // self.n  # right, or off by one, because segments have the same length to one
+        while self._start(lane, epoch) > position:
+            epoch -= 1
+        while self._start(lane, epoch + 1) <= position:
+            epoch += 1
+        return epoch, position - self._start(lane, epoch)
 
     def _epoch(self, epoch: int) -> _Epoch:
-        found = self._epochs.get(epoch)
-        if found is None:
+        def make() -> _Epoch:
             rng = np.random.Generator(np.random.PCG64([self.seed, epoch]))
             permutation = rng.permutation(len(self.sizes)).astype(np.uint32)
-            rows = -(-len(self.sizes) // (self.lanes * self.window)) * self.window
-            table = np.zeros(rows * self.lanes, dtype=self.sizes.dtype)  # zeros where the last row is not full
-            table[: len(permutation)] = self.sizes[permutation]
-            per_window = table.reshape(-1, self.window, self.lanes).sum(axis=1, dtype=np.int64)
-            ends = np.ascontiguousarray(np.roll(per_window.cumsum(axis=0).T, -epoch, axis=0))
-            found = self._epochs[epoch] = _Epoch(permutation, ends)
-            if len(self._epochs) > self._epochs_kept:
-                self._epochs.popitem(last=False)
-        self._epochs.move_to_end(epoch)
-        return found
+            return _Epoch(permutation, np.cumsum(self.sizes[permutation], dtype=np.int64))
 
-    def _window(self, epoch: int, lane: int, w: int) -> np.ndarray:
-        """The shuffled sample ordinals of a lane's w-th window of an epoch, int64."""
-        key = (epoch, lane, w)
-        found = self._windows.get(key)
-        if found is None:
-            # The rotation by the epoch hands the one chunk more of an uneven split to other lanes each time.
-            column = (lane + epoch) % self.lanes + self.lanes * self.window * w
-            chunks = self._epoch(epoch).permutation[column : column + self.lanes * self.window : self.lanes]
-            samples = np.concatenate([np.arange(*self._firsts[c : c + 2].tolist()) for c in chunks.tolist()])
-            found = np.random.Generator(np.random.PCG64([self.seed, epoch, lane, w])).permutation(samples)
-            self._windows[key] = found
-            if len(self._windows) > self._windows_kept:
-                self._windows.popitem(last=False)
-        self._windows.move_to_end(key)
-        return found
+        return _kept(self._epochs, epoch, make, EPOCHS_KEPT)
+
+    def _window(self, lane: int, position: int) -> tuple[int, _Window]:
+        """The epoch in which the lane is at `position`, and the window there."""
+        number, offset = self._locate(lane, position)
+        epoch, segment = self._epoch(number), (lane + number) % self.lanes
+        low, high = self._border(segment), self._border(segment + 1)
+        chunk, first, last = np.searchsorted(epoch.ends, [low + offset, low, high - 1], side="right").tolist()
+        # Windows of equal length to one chunk: a short last one would mix badly.
+        chunks = last + 1 - first
+        windows = max(1, chunks // self.window)
+        w = ((chunk - first + 1) * windows - 1) // chunks
+        start, stop = first + chunks * w // windows, first + chunks * (w + 1) // windows
+        begin = max(low, int(epoch.ends[start - 1]) if start else 0)
+
+        def make() -> np.ndarray:
+            ends, numbers = epoch.ends[start:stop].tolist(), epoch.permutation[start:stop].tolist()
+            ranges = []
+            for end, c in zip(ends, numbers, strict=True):  # a chunk on a border is shared between two lanes
+                shift = int(self._firsts[c + 1]) - end
+                ranges.append(np.arange(max(end - int(self.sizes[c]), low) + shift, min(end, high) + shift))
+            rng = np.random.Generator(np.random.PCG64([self.seed, number, segment, w]))
+            return rng.permutation(np.concatenate(ranges))
+
+        samples = _kept(self._windows, (number, segment, w), make, 2 * self.lanes)
+        return number, _Window(samples, low + offset - begin)
+
+
+def _kept(cache: OrderedDict[Key, Value], key: Key, make: Callable[[], Value], most: int) -> Value:
+    """`make()`, remembered in `cache` until `most` others were asked for since."""
+    found = cache.get(key)
+    if found is None:
+        found = cache[key] = make()
+        if len(cache) > most:
+            cache.popitem(last=False)
+    cache.move_to_end(key)
+    return found

@@ -50,11 +50,12 @@ def check(recipe: Recipe) -> None:
     for key, low in LEAST.items():
         if (value := _get(recipe, key)) is not None:
             check_range(key, value, low)
+    check_range("stream.max_damaged", recipe.stream.max_damaged, 0, 1)
     check_range("seed", recipe.seed, 0, 2**63 - 1)
 
 
 def settle(recipe: Recipe, *, chunks: int | None = None, ranks_here: int = 1) -> None:
-    """Gives every null key its value; `chunks` is the number of chunks of the corpus, where it is known."""
+    """Gives every null key its value; `chunks` is the number of chunks of the smallest part, where it is known."""
     if recipe.training.precision is None:
         if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
             recipe.set("training.precision", "bf16", f"{torch.cuda.get_device_name()} computes in bf16")

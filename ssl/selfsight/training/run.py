@@ -24,14 +24,15 @@ from selfsight.errors import UserError
 from selfsight.files import publish
 from selfsight.objectives import Objective, Progress
 from selfsight.recipe import Recipe
-from selfsight.shards.corpus import Corpus
 from selfsight.shards.decode import decode_image
 from selfsight.stream.loader import StepLoader, to_device
-from selfsight.stream.order import Order
+from selfsight.stream.mixture import Mixture
+from selfsight.stream.quarantine import Quarantine
 from selfsight.stream.views import Views
 from selfsight.training import checkpoint, cluster, resolve
 from selfsight.training.cluster import Cluster
 from selfsight.training.engine import Engine, Step
+from selfsight.training.feed import Account, open_parts
 from selfsight.training.interrupts import Interrupts
 from selfsight.training.log import Log
 from selfsight.training.monitor import Monitor
@@ -57,7 +58,7 @@ def pretrain(recipe: Recipe) -> Path:
     """
     recipe = copy.deepcopy(recipe)
     resolve.check(recipe)
-    if not recipe.corpus or not recipe.output:
+    if not (recipe.corpus or recipe.mixture) or not recipe.output:
         raise UserError("training needs a corpus and an output: add corpus=DIR output=RUN")
     joined = cluster.join()
     # Together: nobody looks into the run folder any more when rank 0 begins to write there.
@@ -69,27 +70,31 @@ class _Run:
 
     def __init__(self, recipe: Recipe, cluster: Cluster) -> None:
         self.recipe, self.cluster = recipe, cluster
-        self.corpus = corpus = Corpus.open(str(recipe.corpus))
-        if corpus.n < recipe.batch_size:
-            raise UserError(
-                f"{recipe.corpus} has fewer images ({corpus.n}) than a batch ({recipe.batch_size}): "
-                f"lower batch_size to {corpus.n} or less"
-            )
+        parts = open_parts(recipe)
         self.path = Path(str(recipe.output))
-        self._settle()
+        self._settle(min(part.chunks for part in parts))
+        assert recipe.stream.lanes is not None
+        self.mixture = Mixture(
+            parts,
+            batch_size=recipe.batch_size,
+            lanes=recipe.stream.lanes,
+            window=recipe.stream.window,
+            seed=recipe.seed,
+        )
         torch.manual_seed(recipe.seed)
         self.objective = self._build()
-        self.steps_per_epoch = corpus.n // recipe.batch_size
+        self.steps_per_epoch = self.mixture.n // recipe.batch_size
         self.total_steps = max(1, round(recipe.epochs * self.steps_per_epoch))
         self.checkpoint = checkpoint.newest(self.path)
-        self.start = 0
+        self.start, delivered = 0, []
         if self.checkpoint:
             state = read_state(self.checkpoint)
             checkpoint.check(self.checkpoint, state, self._state(0))
-            self.start = state["step"]
+            self.start, delivered = state["step"], state["delivered"]
+        self.account = Account(self.mixture, self.start, delivered if cluster.rank == 0 else [])
         self.loader = self._loader()
 
-    def _settle(self) -> None:
+    def _settle(self, chunks: int) -> None:
         """Gives null keys their values and holds the recipe against the one that the run folder was begun with."""
         begun = self.path / "recipe.yaml"
         if begun.is_file():
@@ -97,7 +102,7 @@ class _Run:
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise UserError(f"{self.path} exists and is no run: give another output, or an empty folder")
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", self.cluster.world_size))
-        resolve.settle(self.recipe, chunks=len(self.corpus.chunks), ranks_here=ranks_here)
+        resolve.settle(self.recipe, chunks=chunks, ranks_here=ranks_here)
         if begun.is_file():
             resolve.compare(self.recipe, begun)
 
@@ -107,25 +112,17 @@ class _Run:
         return kind(config, self.recipe.encoder, self.cluster.collective())
 
     def _loader(self) -> StepLoader:
-        recipe, stream = self.recipe, self.recipe.stream
-        assert stream.lanes is not None
-        order = Order(
-            self.corpus.chunks["n"],
-            batch_size=recipe.batch_size,
-            lanes=stream.lanes,
-            window=stream.window,
-            seed=recipe.seed,
-        )
+        recipe, rank = self.recipe, self.cluster.rank
         return StepLoader(
-            self.corpus,
-            order,
+            self.mixture,
             Views(self.objective.views(), seed=recipe.seed, decode=decode_image),
-            rank=self.cluster.rank,
+            rank=rank,
             world_size=self.cluster.world_size,
             start_step=self.start,
             total_steps=self.total_steps,
-            workers=stream.workers,
+            workers=recipe.stream.workers,
             accumulation=recipe.training.accumulation,
+            quarantine=Quarantine(self.path / "quarantine" / f"{rank:05d}.jsonl", limit=recipe.stream.max_damaged),
         )
 
     def _state(self, step: int) -> dict[str, Any]:
@@ -136,7 +133,7 @@ class _Run:
             "step": step,
             "total_steps": self.total_steps,
             "seed": recipe.seed,
-            "corpus_id": self.corpus.id,
+            "corpus_id": self.mixture.id,
             "batch_size": recipe.batch_size,
             "lanes": recipe.stream.lanes,
             "window": recipe.stream.window,
@@ -185,7 +182,7 @@ class _Run:
         one, several = ("GPU", "GPUs") if self.cluster.device.type == "cuda" else ("CPU process", "CPU processes")
         begin = f"continues from step {self.start}" if self.start else "starts"
         say(
-            f"{self.path} {begin}: {recipe.objective_name} with {recipe.encoder.name} on {self.corpus.n} images, "
+            f"{self.path} {begin}: {recipe.objective_name} with {recipe.encoder.name} on {self.mixture.n} images, "
             f"{self.total_steps} steps of {recipe.batch_size}, {ranks} {several if ranks > 1 else one}, "
             f"ZeRO-{recipe.training.zero}, {recipe.training.precision}"
         )
@@ -222,6 +219,7 @@ class _Run:
                         log.record(done, values)
                         for sentence in monitor.look({"step": done, **values}):
                             self._tell(log, done, sentence)
+                    self._count(log, done)
                 if refused == NOT_FINITE_LIMIT:
                     raise Diverged(
                         f"training ended at step {done}: {refused} steps in a row were not finite; try a smaller "
@@ -260,6 +258,14 @@ class _Run:
             **metrics,
         }
 
+    def _count(self, log: Log | None, done: int) -> None:
+        """Says of every epoch that ended whether all of it was delivered, and what was replaced. All ranks call it."""
+        for complete, sentence in self.account.finished(self.cluster, self.loader.delivered, done):
+            if not complete:
+                self._tell(log, done, f"{sentence}; the rest was lost or counted before this account began")
+            elif log:
+                log.event(done, sentence)
+
     def _tell(self, log: Log | None, step: int, sentence: str) -> None:
         if log:
             log.event(step, sentence)
@@ -268,7 +274,8 @@ class _Run:
     def _save(self, engine: Engine, step: int, log: Log | None) -> None:
         if log:
             log.flush()
-        checkpoint.save(self.path, engine, self._state(step), keep=self.recipe.training.keep)
+        state = {**self._state(step), "delivered": self.account.open(self.cluster, self.loader.delivered, step)}
+        checkpoint.save(self.path, engine, state, keep=self.recipe.training.keep)
         self.cluster.on_first(lambda: self._export(step))
 
     def _export(self, step: int) -> None:
@@ -280,7 +287,7 @@ class _Run:
             "which": which,
             "objective": self.recipe.objective_name,
             "step": step,
-            "corpus_id": self.corpus.id,
+            "corpus_id": self.mixture.id,
             "recipe_digest": recipe_digest(self.recipe.to_dict()),
         }
         encoder: Any = self.objective.get_submodule(which)

@@ -12,7 +12,10 @@ from selfsight.weights.folder import ORIGIN
 
 STATE_SCHEMA = 1
 # Keys of a recipe that change nothing about what is learnt: they may differ when a run goes on.
-FREE = ("corpus", "output", "stream.workers", "training.log_every", "training.checkpoint_every", "training.keep")
+FREE = (
+    *("corpus", "selection", "mixture", "output"),  # what they hold is in the corpus id
+    *("stream.workers", "stream.max_damaged", "training.log_every", "training.checkpoint_every", "training.keep"),
+)
 
 
 def is_run(path: Path) -> bool:
