@@ -78,7 +78,7 @@ def _log(path: Path) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
             continue
         if "event" in row:
             events.append((row["step"], str(row["event"])))
-        else:
+        elif "loss" in row:
             records[row["step"]] = row
     return [records[step] for step in sorted(records)], sorted(events, key=lambda e: e[0])
 

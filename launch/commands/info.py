@@ -71,6 +71,7 @@ def _weights(path: Path) -> dict[str, Any]:
 
 def _run(path: Path) -> dict[str, Any]:
     from eval_probes.results import ResultsStore
+    from selfsight.stream.quarantine import read_quarantine
     from selfsight.weights.run import checkpoints, exports, read_recipe
 
     recipe = read_recipe(path)
@@ -86,6 +87,7 @@ def _run(path: Path) -> dict[str, Any]:
         "step": max([metrics.get("step", 0), *steps]),
         "total_steps": state.get("total_steps"),
         "metrics": metrics,
+        "quarantined": sum(1 for _ in read_quarantine(path / "quarantine")),
         "checkpoints": steps,
         "exports": list(exports(path)),
         "scores": [
@@ -173,6 +175,7 @@ def _run_text(found: dict[str, Any]) -> str:
         "objective": f"{found['objective']} with {found['encoder']}",
         "step": f"{found['step']}{of}",
         "corpus": found["corpus"],
+        "images replaced": str(found["quarantined"]) if found["quarantined"] else "",
         "last metrics": "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()),
         "checkpoints": ", ".join(map(str, found["checkpoints"])),
         "exports": ", ".join(map(str, found["exports"])),

@@ -115,7 +115,8 @@ def read() -> Callable[[Path], tuple[list[dict[str, Any]], dict[str, torch.Tenso
     """What a run has to show: its records without the timings, and the weights of its newest checkpoint."""
 
     def read(run: Path) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
-        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        records = [line for line in lines if "loss" in line]
         timings = ("images_per_second", "data_wait")
         newest = max((run / "checkpoints").glob("step_*"))
         weights = load_file(newest / "objective.safetensors")

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
+from selfsight.stream.quarantine import read_quarantine
 from selfsight.training import cluster
 from selfsight.training.interrupts import Interrupts
 
@@ -35,24 +37,30 @@ def test_micro_batches_are_one_batch(selfsight, command, read, tmp_path):
 COMMANDS = """
 import json, sys
 from launch.cli import main
-sys.exit(0 if [main(arguments) for arguments in json.loads(sys.argv[1])] == [2, 0, 0, 2] else 1)
+sys.exit(0 if [main(arguments) for arguments in json.loads(sys.argv[1])] == [2, 0, 0, 0, 2] else 1)
 """
 
 
 @pytest.fixture
-def one_damaged_image(corpora, tmp_path):
-    """A copy of the corpus with a byte of one image changed."""
-    copy = tmp_path / "damaged-corpus"
-    shutil.copytree(corpora["one"], copy)
-    shard = next((copy / "shards").iterdir())
-    content = bytearray(shard.read_bytes())
-    content[content.index(b"IDAT") + 40] ^= 0xFF
-    shard.write_bytes(content)
-    return copy
+def damage(corpora, tmp_path):
+    """Copies the corpus and changes a byte of some of its images."""
+
+    def copy_with(images: int) -> Path:
+        copy = tmp_path / f"{images}-damaged"
+        shutil.copytree(corpora["one"], copy)
+        shard = next((copy / "shards").iterdir())
+        content, at = bytearray(shard.read_bytes()), 0
+        for _ in range(images):
+            at = content.index(b"IDAT", at + 1)
+            content[at + 40] ^= 0xFF
+        shard.write_bytes(content)
+        return copy
+
+    return copy_with
 
 
 def test_two_processes_are_one_and_continue_what_one_began(
-    selfsight, command, torchrun, read, tmp_path, monkeypatch, one_damaged_image
+    selfsight, command, torchrun, read, tmp_path, monkeypatch, damage
 ):
     sharded, whole = [PLAIN, "training.zero=1"], [PLAIN, "training.zero=0"]
     with monkeypatch.context() as patch:
@@ -62,19 +70,22 @@ def test_two_processes_are_one_and_continue_what_one_began(
     script = tmp_path / "commands.py"
     script.write_text(COMMANDS)
     mistake = command("odd", "batch_size=9", "stream.lanes=3")
-    damaged = command("damaged", PLAIN, "training.checkpoint_every=1")
-    damaged[2] = f"corpus={one_damaged_image}"
-    launch = [mistake, command("two", *sharded), command("mixed", *whole), damaged]
+    damaged, ruined = command("damaged", *sharded), command("ruined", PLAIN, "training.checkpoint_every=1")
+    damaged[2], ruined[2] = f"corpus={damage(1)}", f"corpus={damage(30)}"
+    launch = [mistake, command("two", *sharded), command("mixed", *whole), damaged, ruined]
     child = torchrun(2, [str(script), json.dumps(launch)])
     out, err = child.communicate(timeout=300)
     assert child.returncode == 0, err
     assert err.count("selfsight: batch_size 9 is no multiple of 2 processes") == 1
-    assert out.split() == [str(tmp_path / "two"), str(tmp_path / "mixed")]  # each said once
+    assert out.split() == [str(tmp_path / name) for name in ("two", "mixed", "damaged")]  # each said once
     assert "2 CPU processes, ZeRO-1" in err
     assert "mixed continues from step 5" in err
-    # The rank that met the image says so, whichever it was; the other ends in a sentence too.
-    assert err.count("cannot read image") == 1
-    assert err.count("another process of this job has ended") == 1
+    assert err.count("1 image could not be read and others stood in") == 1
+    (found,) = read_quarantine(tmp_path / "damaged" / "quarantine")
+    assert "the image is not what was stored" in found.what
+    # Every rank ends in a sentence: of its own, or that another has ended.
+    ends = ("images cannot be read, more than", "nor those around it", "another process of this job has ended")
+    assert sum(err.count(end) for end in ends) == 2
     assert "Traceback" not in err
     assert selfsight(command("one", PLAIN)) == 0
     assert_same_training(read(tmp_path / "one"), read(tmp_path / "two"), 12)

@@ -3,15 +3,18 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 from selfsight.shards.corpus import Corpus
+from selfsight.shards.selection import write_selection
 from selfsight.stream.order import auto_lanes
 from selfsight.training import run as loop
 from selfsight.training.engine import Engine
@@ -289,3 +292,31 @@ def test_print_shows_the_recipe_without_a_corpus(selfsight, recipe, corpora, cap
     assert selfsight(["pretrain", str(recipe), "--print", f"corpus={corpora['one']}"]) == 0
     lanes = auto_lanes(8, len(Corpus.open(corpora["one"]).chunks))
     assert f"lanes: {lanes} " in capsys.readouterr().out
+
+
+def test_every_epoch_is_accounted_for_across_a_stop(selfsight, command, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        asked = iter(range(1, 100))
+        patch.setattr(Interrupts, "asked_to_stop", lambda self: next(asked) >= 5)
+        assert selfsight(command("run", "training.log_every=1")) == 85
+    state = json.loads(next((tmp_path / "run" / "checkpoints").glob("step_*/state.json")).read_text())
+    assert state["delivered"] == [[0, 0, 8 * state["step"]]] != [[0, 0, 48]]
+    assert selfsight(command("run", "training.log_every=1")) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    notes = [(line["step"], line["note"]) for line in lines if "note" in line]
+    assert notes == [(6 * e, f"epoch {e} is over: all of its 48 images were delivered") for e in (1, 2)]
+
+
+def test_parts_of_a_mixture_and_a_selection(selfsight, command, corpora, tmp_path, capsys):
+    write_selection(Corpus.open(corpora["two"]), "half", np.arange(0, 48, 2), np.full(24, 2))
+    parts = f"[{{corpus: {corpora['one']}}}, {{corpus: {corpora['two']}, selection: half, weight: 0.5, alone: 0.25}}]"
+    arguments = command("mixed", f"mixture={parts}", "corpus=null")
+    assert selfsight(arguments) == 0
+    assert "on 96 images" in capsys.readouterr().err
+    finished = command("mixed", f"mixture={parts.replace('0.25', '0.3')}", "corpus=null")
+    assert selfsight(finished) == 2
+    assert "is from another corpus" in capsys.readouterr().err
+    assert selfsight(command("both", f"mixture={parts}")) == 2
+    assert "not both" in capsys.readouterr().err
+    assert selfsight(command("none", "selection=nothing")) == 2
+    assert re.search(r"there is no .*selections/nothing.parquet: give", capsys.readouterr().err)

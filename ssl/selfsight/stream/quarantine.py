@@ -55,10 +55,14 @@ class Quarantine:
 
 
 def read_quarantine(folder: Path) -> Iterator[Finding]:
-    """The findings of all ranks of a run, from the files in `folder`."""
+    """The findings of all ranks of a run, from the files in `folder`: each bad sample once, whichever ranks met it."""
+    known = set()
     for path in sorted(folder.glob("*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
-                yield Finding(**json.loads(line))
+                finding = Finding(**json.loads(line))
             except (ValueError, TypeError):  # the last line of a process that was killed
                 continue
+            if (finding.where, finding.sample) not in known:
+                known.add((finding.where, finding.sample))
+                yield finding

@@ -1,6 +1,7 @@
 """Recipe → the parts it trains on, and the account of what each epoch of them delivered."""
 
 from collections import Counter
+from collections.abc import Iterator
 from fractions import Fraction
 
 import torch
@@ -9,7 +10,9 @@ from selfsight.errors import UserError
 from selfsight.recipe import PartConfig, Recipe
 from selfsight.shards import Corpus
 from selfsight.shards.selection import read_selection
-from selfsight.stream.mixture import Mixture, Part
+from selfsight.stream.loader import StepLoader
+from selfsight.stream.mixture import Part
+from selfsight.stream.quarantine import read_quarantine
 from selfsight.training.cluster import Cluster
 
 
@@ -36,33 +39,56 @@ def open_parts(recipe: Recipe) -> list[Part]:
 
 
 class Account:
-    """What every epoch of every part delivered, over all ranks and restarts, held against the manifest."""
+    """What the stream delivered, over all ranks and restarts: each epoch of each part held against the manifest, and
+    the samples that could not be had.
 
-    def __init__(self, mixture: Mixture, start: int, restored: list[list[int]]) -> None:
-        self.mixture = mixture
+    `restored` is what `open` gave for the checkpoint at step `start`. All ranks call every method at the same steps.
+    """
+
+    def __init__(self, loader: StepLoader, cluster: Cluster, start: int, restored: list[list[int]]) -> None:
+        self.loader, self.mixture, self.cluster = loader, loader.mixture, cluster
         self._before = Counter({(part, epoch): count for part, epoch, count in restored})
-        self._told = [least for least, _ in mixture.epochs_over(start)]
+        self._told = [least for least, _ in self.mixture.epochs_over(start)]
+        self._findings = self._replaced = 0
 
-    def open(self, cluster: Cluster, delivered: Counter, step: int) -> list[list[int]]:
-        """(part, epoch, samples) of the epochs that are not over at `step`, for the checkpoint. All ranks call it."""
+    def open(self, step: int) -> list[list[int]]:
+        """(part, epoch, samples) of the epochs that are not over at `step`, for the checkpoint."""
         over = enumerate(self.mixture.epochs_over(step))
         keys = [(part, epoch) for part, (least, most) in over for epoch in range(least, most + 1)]
-        return [[*key, count] for key, count in zip(keys, self._sum(cluster, delivered, keys), strict=True) if count]
+        return [[*key, count] for key, count in zip(keys, self._delivered(keys), strict=True) if count]
 
-    def finished(self, cluster: Cluster, delivered: Counter, step: int) -> list[tuple[bool, str]]:
-        """Whether all was delivered, and a sentence, for each epoch that ended since last asked. All ranks call it."""
+    def look(self, step: int) -> list[tuple[bool, str]]:
+        """(whether it is an alarm, sentence) for what has happened since it last looked."""
+        return [*self._lost(), *self._finished(step)]
+
+    def _finished(self, step: int) -> Iterator[tuple[bool, str]]:
         over = [least for least, _ in self.mixture.epochs_over(step)]
         ended = [(part, e) for part, last in enumerate(over) for e in range(self._told[part], last)]
         self._told = over
-        if not ended:
-            return []
-        found = []
-        for (part, epoch), count in zip(ended, self._sum(cluster, delivered, ended), strict=True):
+        for (part, epoch), count in zip(ended, self._delivered(ended), strict=True):
             n = self.mixture.parts[part].n
             which = f"epoch {epoch + 1}" + (f" of part {part + 1}" if len(over) > 1 else "")
-            found.append((count == n, f"{which} is over: {count} of its {n} images were delivered"))
-        return found
+            if count == n:
+                yield False, f"{which} is over: all of its {n} images were delivered"
+            else:
+                yield True, f"{which} is over, but {count} and not {n} images were delivered: report this as a bug"
 
-    def _sum(self, cluster: Cluster, delivered: Counter, keys: list[tuple[int, int]]) -> list[int]:
-        own = torch.tensor([delivered[key] for key in keys], dtype=torch.float64, device=cluster.device)
-        return [int(total) + self._before[key] for key, total in zip(keys, cluster.sum(own).tolist(), strict=True)]
+    def _lost(self) -> Iterator[tuple[bool, str]]:
+        (findings,) = self._sum([len(self.loader.quarantine)])
+        path = self.loader.quarantine.path
+        if findings > self._findings and path is not None and self.cluster.rank == 0:
+            new = sum(1 for _ in read_quarantine(path.parent)) - self._replaced  # several ranks may have met one sample
+            self._replaced += new
+            if new:
+                images = "1 image" if new == 1 else f"{new} images"
+                yield True, f"{images} could not be read and others stood in: {path.parent} lists them"
+        self._findings = findings
+
+    def _delivered(self, keys: list[tuple[int, int]]) -> list[int]:
+        own = self._sum([self.loader.delivered[key] for key in keys])
+        return [total + self._before[key] for key, total in zip(keys, own, strict=True)]
+
+    def _sum(self, counts: list[int]) -> list[int]:
+        if not counts:
+            return []
+        return self.cluster.sum(torch.tensor(counts, dtype=torch.int64, device=self.cluster.device)).tolist()

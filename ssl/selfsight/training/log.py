@@ -1,7 +1,8 @@
 """The log of a run: metrics.jsonl, one object per line, and the same numbers for TensorBoard. Only rank 0 writes.
 
-A line is either a record of one step (it has "loss") or an event (it has "event", a sentence). When a run continues
-from a checkpoint, lines of later steps are cut off, so that the file reads as if it had never stopped.
+A line is a record of one step (it has "loss"), an event that someone should look at ("event", a sentence) or a note
+("note", a sentence). When a run continues from a checkpoint, lines of later steps are cut off, so that the file reads
+as if it had never stopped.
 """
 
 import json
@@ -35,6 +36,9 @@ class Log:
         self._line({"step": step, "event": sentence})
         self._board.add_text("event", sentence, step)
 
+    def note(self, step: int, sentence: str) -> None:
+        self._line({"step": step, "note": sentence})
+
     def flush(self) -> None:
         """To the disk: whatever a checkpoint is followed by has been logged."""
         self._file.flush()
@@ -66,7 +70,7 @@ def cut(path: Path, step: int) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError):
             continue
         kept.append(line + "\n")
-        if "event" not in entry:
+        if "loss" in entry:
             records.append({k: nan if v is None else v for k, v in entry.items()})
     with publish(path) as file:
         file.write("".join(kept).encode())

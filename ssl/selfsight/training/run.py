@@ -91,8 +91,8 @@ class _Run:
             state = read_state(self.checkpoint)
             checkpoint.check(self.checkpoint, state, self._state(0))
             self.start, delivered = state["step"], state["delivered"]
-        self.account = Account(self.mixture, self.start, delivered if cluster.rank == 0 else [])
         self.loader = self._loader()
+        self.account = Account(self.loader, cluster, self.start, delivered)
 
     def _settle(self, chunks: int) -> None:
         """Gives null keys their values and holds the recipe against the one that the run folder was begun with."""
@@ -259,12 +259,13 @@ class _Run:
         }
 
     def _count(self, log: Log | None, done: int) -> None:
-        """Says of every epoch that ended whether all of it was delivered, and what was replaced. All ranks call it."""
-        for complete, sentence in self.account.finished(self.cluster, self.loader.delivered, done):
-            if not complete:
-                self._tell(log, done, f"{sentence}; the rest was lost or counted before this account began")
+        """Says of every epoch that ended whether all of it was delivered, and of images that had to be replaced. All
+        ranks call it."""
+        for alarming, sentence in self.account.look(done):
+            if alarming:
+                self._tell(log, done, sentence)
             elif log:
-                log.event(done, sentence)
+                log.note(done, sentence)
 
     def _tell(self, log: Log | None, step: int, sentence: str) -> None:
         if log:
@@ -274,7 +275,7 @@ class _Run:
     def _save(self, engine: Engine, step: int, log: Log | None) -> None:
         if log:
             log.flush()
-        state = {**self._state(step), "delivered": self.account.open(self.cluster, self.loader.delivered, step)}
+        state = {**self._state(step), "delivered": self.account.open(step)}
         checkpoint.save(self.path, engine, state, keep=self.recipe.training.keep)
         self.cluster.on_first(lambda: self._export(step))
 
