@@ -25,13 +25,17 @@ def test_every_epoch_visits_every_sample_once(lanes, window):
         assert sorted(o for o, e in pairs if e == epoch) == list(range(o.n))
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("world_size", range(1, 65))
 def test_ranks_share_out_one_batch(world_size):
-    o = order(np.full(40, 16), batch_size=48, lanes=16)
+    """Any number of ranks, those too that do not divide the lanes."""
+    batch_size = 64 if 64 % world_size == 0 else 3 * world_size
+    o = order(np.full(100, 16), batch_size=batch_size, lanes=batch_size // 2 if batch_size % 2 == 0 else 1)
     for t in (0, 3, 77):
         ordinals, visits = o.step(t)
         share = o.batch_size // world_size
-        parts = [order(np.full(40, 16), 48, 16).step(t, r * share, (r + 1) * share) for r in range(world_size)]
+        parts = [
+            order(np.full(100, 16), o.batch_size, o.lanes).step(t, r * share, (r + 1) * share) for r in range(world_size)
+        ]
         np.testing.assert_array_equal(np.concatenate([p[0] for p in parts]), ordinals)
         np.testing.assert_array_equal(np.concatenate([p[1] for p in parts]), visits)
         assert ordinals.dtype == visits.dtype == np.int64
