@@ -16,7 +16,7 @@ import numpy as np
 from selfsight.errors import UserError
 
 MAX_LANES = 256
-EPOCHS_KEPT = 3  # lanes are never more than a sample apart: two at a time, and the one before for a look back
+EPOCHS_KEPT = 2  # at a time: lanes are never more than a sample apart
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -153,7 +153,8 @@ class Order:
     def _epoch(self, epoch: int) -> _Epoch:
         def make() -> _Epoch:
             rng = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-            permutation = rng.permutation(len(self.sizes)).astype(np.uint32)
+            permutation = np.arange(len(self.sizes), dtype=np.uint32)
+            rng.shuffle(permutation)
             return _Epoch(permutation, np.cumsum(self.sizes[permutation], dtype=np.int64))
 
         return _kept(self._epochs, epoch, make, EPOCHS_KEPT)
