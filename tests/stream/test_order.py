@@ -36,7 +36,8 @@ def test_ranks_share_out_one_batch(world_size):
         ordinals, visits = o.step(t)
         share = o.batch_size // world_size
         parts = [
-            order(np.full(100, 16), o.batch_size, o.lanes).step(t, r * share, (r + 1) * share) for r in range(world_size)
+            order(np.full(100, 16), o.batch_size, o.lanes).step(t, r * share, (r + 1) * share)
+            for r in range(world_size)
         ]
         np.testing.assert_array_equal(np.concatenate([p[0] for p in parts]), ordinals)
         np.testing.assert_array_equal(np.concatenate([p[1] for p in parts]), visits)

@@ -1,8 +1,13 @@
 """Projection heads: what stands between an encoder's features and the space in which an objective compares them."""
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from selfsight.collective import Collective
 
 
 class WeightNormLinear(nn.Module):
@@ -52,6 +57,47 @@ class DINOHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last_layer(F.normalize(self.mlp(x), dim=-1))
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation of (B, D) over the joined batch of all ranks (Ioffe & Szegedy 2015); biased variance.
+
+    It keeps no running statistics: heads are left behind after training, and a forward pass must not change state.
+    """
+
+    def __init__(self, dim: int, collective: Collective, *, affine: bool = True, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.collective, self.eps = collective, eps
+        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            n = len(x) * self.collective.world_size
+            mean = self.collective.sum(x.sum(dim=0)) / n
+            x = x - mean
+            variance = self.collective.sum((x * x).sum(dim=0)) / n
+            x = x * torch.rsqrt(variance + self.eps)
+            return x if self.weight is None or self.bias is None else torch.addcmul(self.bias, x, self.weight)
+
+
+class MLP(nn.Sequential):
+    """Linear layers of the widths `dims`, with BatchNorm and ReLU between them: (B, dims[0]) → (B, dims[-1]).
+
+    `last_bn` normalises the output too, without a learnt scale and shift. torch's own initialisation of linear layers.
+    """
+
+    def __init__(self, dims: Sequence[int], collective: Collective, *, bias: bool = False, last_bn: bool = False):
+        layers: list[nn.Module] = []
+        for i, (width, out) in enumerate(pairwise(dims), start=2):
+            last = i == len(dims)
+            layers.append(nn.Linear(width, out, bias=bias or (last and not last_bn)))
+            if not last:
+                layers += [BatchNorm(out, collective), nn.ReLU()]
+        if last_bn:
+            layers.append(BatchNorm(dims[-1], collective, affine=False))
+        super().__init__(*layers)
 
 
 def init_linear(module: nn.Module) -> None:

@@ -4,6 +4,7 @@ In: a batch of views, already on the device and normalised, and how far training
 features of this micro-batch. The trainer owns every side effect: optimiser, EMA, schedules, checkpoints.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 
 from selfsight.collective import Collective
 from selfsight.encoders import Encoder
+from selfsight.errors import UserError
 from selfsight.recipe import EncoderConfig
-from selfsight.viewspec import ViewSpec
+from selfsight.viewspec import CropSpec, ViewSpec
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,57 @@ class ParameterRule:
     lr_scale: Callable[[Progress], float]  # 0 means frozen at that step: neither gradient nor weight decay moves it
 
 
+@dataclass
+class PairConfig:
+    """Two random crops of each image, augmented as in BYOL (Grill et al. 2020, appendix B; MoCo v3 does the same)."""
+
+    crop_size: int = 224  # pixels
+    crop_scale: list[float] = field(default_factory=lambda: [0.08, 1.0])  # fraction of the image's area
+    flip: float = 0.5  # this and the next: probabilities
+    jitter: float = 0.8
+    brightness: float = 0.4  # strengths of the colour jitter
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    grayscale: float = 0.2
+    blur: list[float] = field(default_factory=lambda: [1.0, 0.1])  # probability, of the first and the second crop
+    solarize: list[float] = field(default_factory=lambda: [0.0, 0.2])  # likewise
+
+    def views(self) -> ViewSpec:
+        """One entry "pair" of two crops. Raises UserError for values that make none."""
+        for name in ("crop_scale", "blur", "solarize"):
+            if len(getattr(self, name)) != 2:
+                raise UserError(f"objective.{name} should be two numbers")
+        pair = CropSpec(
+            name="pair",
+            count=2,
+            size=self.crop_size,
+            scale=(self.crop_scale[0], self.crop_scale[1]),
+            flip=self.flip,
+            jitter=self.jitter,
+            brightness=self.brightness,
+            contrast=self.contrast,
+            saturation=self.saturation,
+            hue=self.hue,
+            grayscale=self.grayscale,
+            blur=tuple(self.blur),
+            solarize=tuple(self.solarize),
+        )
+        return ViewSpec((pair,))
+
+
+def cosine_momentum(start: float, progress: Progress) -> float:
+    """The teacher's m on a cosine from `start` to 1 over training (BYOL, DINO, MoCo v3)."""
+    return 1.0 + 0.5 * (start - 1.0) * (1.0 + math.cos(math.pi * progress.step / progress.total_steps))
+
+
 class Objective(nn.Module, ABC):
     """Base of all objectives. A subclass puts its encoders in `self.student` and, if it has one, `self.teacher`."""
 
     Config: ClassVar[type]  # a dataclass: the objective's section of the recipe
+    # Whether the loss of an image depends on the others of its micro-batch (negatives, batch statistics): then two
+    # micro-batches are not one large batch, and accumulation means what it says.
+    joint: ClassVar[bool] = False
     student: Encoder
 
     @abstractmethod

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from selfsight import encoders
 from selfsight.collective import Collective
 from selfsight.errors import UserError, check_range
-from selfsight.objectives.base import Objective, Outcome, ParameterRule, Progress
+from selfsight.objectives.base import Objective, Outcome, ParameterRule, Progress, cosine_momentum
 from selfsight.recipe import EncoderConfig
 from selfsight.viewspec import CropSpec, ViewSpec
 
@@ -170,8 +170,7 @@ class DINO(Objective):
         return [(self.student, self.teacher), (self.student_head, self.teacher_head)]
 
     def teacher_momentum(self, progress: Progress) -> float:
-        cosine = math.cos(math.pi * progress.step / progress.total_steps)
-        return 1.0 + 0.5 * (self.config.momentum_teacher - 1.0) * (1.0 + cosine)
+        return cosine_momentum(self.config.momentum_teacher, progress)
 
     def parameter_rules(self) -> list[ParameterRule]:
         frozen = self.config.freeze_last_layer
