@@ -30,7 +30,8 @@ class CropSpec:
     hue: float = 0.0
     grayscale: float = 0.0  # probability
     blur: tuple[float, ...] = ()  # probability of a Gaussian blur, for each of the `count` crops; empty = never
-    blur_radius: tuple[float, float] = (0.1, 2.0)  # PIL radius in pixels
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # standard deviation in pixels
+    blur_taps: int = 13  # pixels that the Gaussian spans, odd: the centre and 3 σ to either side
     solarize: tuple[float, ...] = ()  # probability, for each of the `count` crops; empty = never
 
     def __post_init__(self) -> None:
@@ -43,8 +44,15 @@ class CropSpec:
                 check_range(f"{key} of the {self.name} crops", probability, 0, 1)
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise UserError(f"scale of the {self.name} crops is {list(self.scale)}: give 0 < from ≤ to ≤ 1")
-        if not 0 <= self.blur_radius[0] <= self.blur_radius[1]:
-            raise UserError(f"blur_radius of the {self.name} crops is {list(self.blur_radius)}: give 0 ≤ from ≤ to")
+        if not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
+            raise UserError(f"blur_sigma of the {self.name} crops is {list(self.blur_sigma)}: give 0 < from ≤ to")
+        if self.blur_taps < 1 or self.blur_taps % 2 == 0:
+            raise UserError(f"blur_taps of the {self.name} crops is {self.blur_taps}: give an odd number")
+        if self.blur and self.blur_taps // 2 >= self.size:
+            raise UserError(
+                f"a blur of {self.blur_taps} taps reaches across the {self.name} crops of {self.size} pixels: "
+                "turn their blur off, or make them larger"
+            )
 
 
 @dataclass(frozen=True)

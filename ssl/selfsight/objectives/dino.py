@@ -51,7 +51,7 @@ class DINOConfig:
     hue: float = 0.1
     grayscale: float = 0.2
     blur: list[float] = field(default_factory=lambda: [1.0, 0.1, 0.5])  # probability: first, second global, local crops
-    blur_radius: list[float] = field(default_factory=lambda: [0.1, 2.0])  # pixels
+    blur_sigma: list[float] = field(default_factory=lambda: [0.1, 2.0])  # pixels
     solarize: float = 0.2  # probability, of the second global crop only
 
 
@@ -109,7 +109,7 @@ class DINO(Objective):
             hue=c.hue,
             grayscale=c.grayscale,
             blur=(first, second),
-            blur_radius=_range(c.blur_radius),
+            blur_sigma=_range(c.blur_sigma),
             solarize=(0.0, c.solarize),
         )
         crops = (global_crops,)
@@ -208,7 +208,7 @@ def dino_loss(logits_s: Tensor, q: Tensor, student_temp: float) -> Tensor:
 def _checked(c: DINOConfig) -> DINOConfig:
     if len(c.blur) != 3:
         raise UserError("objective.blur should be three probabilities: first global, second global, local crops")
-    for name in ("global_crops_scale", "local_crops_scale", "blur_radius"):
+    for name in ("global_crops_scale", "local_crops_scale", "blur_sigma"):
         if len(getattr(c, name)) != 2:
             raise UserError(f"objective.{name} should be two numbers: from, to")
     for name in ("student_temp", "teacher_temp", "warmup_teacher_temp"):

@@ -1,11 +1,15 @@
 """Image bytes → 8-bit RGB, one rule for every reader of a corpus: first frame, upright, alpha on white, 16 bit scaled.
 
-What Pillow would crash or guess on ends in one exception type, `DecodeError`, with a reason short enough for a list.
+`decode_image` is that rule, by Pillow. `decode_pixels` gives the same pixels as an array and takes a shorter way with
+plain JPEGs: libjpeg-turbo outside the GIL, at a half, a quarter or an eighth of the size where that is enough. What
+either would crash or guess on ends in one exception type, `DecodeError`, with a reason short enough for a list.
 """
 
 from io import BytesIO
+from typing import NamedTuple
 
 import numpy as np
+import simplejpeg
 from PIL import Image
 
 # Formats that identify themselves by their first bytes and decode in-process (EPS, say, would start Ghostscript).
@@ -50,6 +54,67 @@ def decode_image(data: bytes) -> Image.Image:
     image = open_image(data)
     load(image)
     return to_rgb(image)
+
+
+def decode_pixels(data: bytes, short_side: int | None = None) -> np.ndarray:
+    """The image in `data` by the rule of `decode_image`, as uint8 (height, width, 3). Raises DecodeError.
+
+    With `short_side` a plain JPEG is decoded at the smallest of 1/8, 1/4, 1/2 and 1 of its size whose shorter side is
+    not below it; every other image keeps its size.
+    """
+    frame = _plain_jpeg(data)
+    if frame is None:
+        return np.array(decode_image(data))
+    if frame.width * frame.height > MAX_PIXELS:
+        raise DecodeError(f"more than {MAX_PIXELS} pixels")
+    least = [0, 0]
+    if short_side is not None:
+        for shrink in (2, 4, 8):
+            sides = [-(-side // shrink) for side in (frame.height, frame.width)]
+            if min(sides) >= short_side:
+                least = sides
+    try:
+        pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=least[0], min_width=least[1])
+    except ValueError:  # it is strict with damage that Pillow can mend: Pillow decides
+        return np.array(decode_image(data))
+    return _upright(pixels, orientation(open_image(data))) if frame.may_be_turned else pixels
+
+
+class _Frame(NamedTuple):
+    height: int
+    width: int
+    may_be_turned: bool  # its metadata may hold an orientation other than upright
+
+
+def _plain_jpeg(data: bytes) -> _Frame | None:
+    """The header of a baseline or progressive JPEG, grey or in three colours of 8 bit; None for anything else."""
+    if data[:3] != b"\xff\xd8\xff":
+        return None
+    at, size, turned = 2, None, False
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        segment = data[at + 4 : at + 2 + length]
+        if marker in (0xC0, 0xC1, 0xC2) and size is None and len(segment) > 5:  # start of frame
+            size = int.from_bytes(segment[1:3], "big"), int.from_bytes(segment[3:5], "big")
+            if segment[0] != 8 or segment[5] not in (1, 3) or 0 in size:  # precision, components
+                return None
+        elif marker == 0xDA:  # start of scan: the pixels
+            return None if size is None else _Frame(*size, turned)
+        elif marker == 0xE1:  # APP1: EXIF in either byte order, or XMP
+            turned = turned or any(tag in segment for tag in (b"\x01\x12", b"\x12\x01", b"rientation"))
+        elif not (0xE0 <= marker <= 0xFE or marker in (0xC4, 0xDB, 0xDD)):  # neither APPn, COM, nor a table
+            return None
+        at += 2 + length
+    return None
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """What `UPRIGHT` does, to an array (height, width, 3)."""
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 0, 2)
+    vertical = 1 if orientation not in (3, 4, 7, 8) else -1
+    horizontal = 1 if orientation not in (2, 3, 6, 7) else -1
+    return np.ascontiguousarray(pixels[::vertical, ::horizontal])
 
 
 def open_image(data: bytes) -> Image.Image:

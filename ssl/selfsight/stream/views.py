@@ -1,151 +1,129 @@
-"""What an image becomes: the crops and noise of a `ViewSpec`, as uint8 and float32 arrays.
+"""What an image becomes: the crops and noise of a `ViewSpec`, made here on a CPU, or staged for an accelerator to make.
 
 Every random number is a function of (seed, entry of the spec, sample ordinal, visit) through a counter-based generator,
-so the pixels do not depend on which process made them, in which order, or on the other entries of the spec. `draw`
-chooses the parameters of a crop, `render` applies them: DINO's and MAE's transforms, as torchvision defines them.
+so the pixels do not depend on which process or thread made them, in which order, or on the other entries of the spec.
+`selfsight.stream.draw` chooses the parameters of the crops; `selfsight.stream.pixels` applies them on a CPU,
+`selfsight.stream.device` on batches of `stage`d images. Both start from the pixels that `decode` returns.
 """
 
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import permutations
 
 import numpy as np
-from PIL import Image
 
-from selfsight.stream import photometric
-from selfsight.viewspec import CropSpec, ViewSpec
+from selfsight.shards.decode import decode_pixels
+from selfsight.stream import draw, pixels
+from selfsight.viewspec import ViewSpec
 
-_TRIES = 10  # of RandomResizedCrop, before it falls back to the centre
-_DRAWS = 64  # uniform numbers set aside for each crop: 4 per try, 11 for the rest, the remainder for what may come
-_ORDERS = tuple(permutations(range(4)))
-
-
-@dataclass(frozen=True, slots=True)
-class Crop:
-    """The parameters of one crop. None, or an empty order, leaves a step out."""
-
-    box: tuple[int, int, int, int]  # left, top, right, bottom in pixels of the source
-    size: int  # pixels, square
-    flip: bool
-    jitter_order: tuple[int, ...]
-    jitter_factors: tuple[float, float, float, float]  # brightness, contrast, saturation, hue
-    grayscale: bool
-    blur_radius: float | None
-    solarize: bool
-
-
-def _between(low: float, high: float, u: float) -> float:
-    return low + (high - low) * u
-
-
-def draw_box(
-    u: list[float], width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float]
-) -> tuple[int, int, int, int]:
-    """The box of torchvision's RandomResizedCrop.get_params, from 40 uniform numbers: (left, top, right, bottom)."""
-    low, high = math.log(ratio[0]), math.log(ratio[1])
-    for i in range(0, 4 * _TRIES, 4):
-        area = width * height * _between(*scale, u[i])
-        aspect = math.exp(_between(low, high, u[i + 1]))
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            top, left = int(u[i + 2] * (height - h + 1)), int(u[i + 3] * (width - w + 1))
-            return left, top, left + w, top + h
-    w, h = width, height
-    if width / height < ratio[0]:
-        h = round(width / ratio[0])
-    elif width / height > ratio[1]:
-        w = round(height * ratio[1])
-    left, top = (width - w) // 2, (height - h) // 2
-    return left, top, left + w, top + h
-
-
-def draw(spec: CropSpec, k: int, u: list[float], width: int, height: int) -> Crop:
-    """The parameters of crop `k` of `spec` for an image of width × height pixels, from 64 uniform numbers in [0, 1)."""
-    flip, jitter, brightness, contrast, saturation, hue, order, grey, blur, radius, solar = u[4 * _TRIES :][:11]
-    strengths = (spec.brightness, spec.contrast, spec.saturation, spec.hue)
-    factors = (
-        _between(max(0.0, 1 - spec.brightness), 1 + spec.brightness, brightness),
-        _between(max(0.0, 1 - spec.contrast), 1 + spec.contrast, contrast),
-        _between(max(0.0, 1 - spec.saturation), 1 + spec.saturation, saturation),
-        _between(-spec.hue, spec.hue, hue),
-    )
-    active = tuple(op for op in _ORDERS[int(order * 24)] if strengths[op] > 0) if jitter < spec.jitter else ()
-    return Crop(
-        box=draw_box(u, width, height, spec.scale, spec.ratio),
-        size=spec.size,
-        flip=flip < spec.flip,
-        jitter_order=active,
-        jitter_factors=factors,
-        grayscale=grey < spec.grayscale,
-        blur_radius=_between(*spec.blur_radius, radius) if spec.blur and blur < spec.blur[k] else None,
-        solarize=bool(spec.solarize) and solar < spec.solarize[k],
-    )
-
-
-def render(image: Image.Image, crop: Crop, out: np.ndarray) -> None:
-    """Writes the crop of an RGB image into `out` (3, size, size), uint8.
-
-    Cuts before it resizes, so that no pixel outside the box leaks in; bicubic with antialiasing as in DINO and MAE.
-    """
-    view = image.crop(crop.box).resize((crop.size, crop.size), Image.Resampling.BICUBIC)
-    if crop.flip:
-        view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    view = photometric.jitter(view, crop.jitter_factors, crop.jitter_order)
-    if crop.grayscale:
-        view = view.convert("L")  # one channel through the blur, three in `out`
-    if crop.blur_radius is not None:
-        view = photometric.gaussian_blur(view, crop.blur_radius)
-    pixels = np.frombuffer(view.tobytes(), dtype=np.uint8).reshape(crop.size, crop.size, -1).transpose(2, 0, 1)
-    out[:] = photometric.solarize(pixels) if crop.solarize else pixels
+CANVAS, EXTENT = "canvas", "extent"  # the staged pixels of a batch, and how much of each canvas an image covers
+Shapes = dict[str, tuple[tuple[int, ...], type]]
 
 
 class Views:
-    """Makes the views of a spec: `views(image, ordinal, visit)`.
+    """Makes the views of a spec: `decode` the bytes of an image, then `into` (or `stage`).
 
-    `decode` turns the bytes of an image file into an 8-bit RGB PIL image or raises ValueError; it is here, with the
-    views, because how finely an image has to be decoded depends on what becomes of it.
+    `canvas` bounds the longer side of what `decode` returns. By default it is just large enough that a 4:3 image has no
+    crop of mean aspect enlarged which the file could have filled. `read` turns the bytes of a file into 8-bit RGB
+    pixels (H, W, 3), or raises ValueError.
 
-    Raises ValueError for a spec that contradicts itself: that is a mistake in an objective.
+    All methods may be called by many threads at once. Raises ValueError for a spec that contradicts itself: that is a
+    mistake in an objective.
     """
 
-    def __init__(self, spec: ViewSpec, *, seed: int, decode: Callable[[bytes], Image.Image]) -> None:
-        self.spec, self.seed, self.decode = spec, seed, decode
+    def __init__(
+        self,
+        spec: ViewSpec,
+        *,
+        seed: int,
+        decode: Callable[[bytes], object] | None = None,
+        canvas: int | None = None,
+    ) -> None:
+        self.spec, self.seed, self._read = spec, seed, decode
         names = [entry.name for entry in (*spec.crops, *spec.noise)]
-        if len(set(names)) < len(names) or "ordinal" in names:
-            raise ValueError(f"the names of views must differ, and none may be 'ordinal': {names}")
+        reserved = {"ordinal", CANVAS, EXTENT}
+        if len(set(names)) < len(names) or reserved & set(names):
+            raise ValueError(f"the names of views must differ, and none may be one of {sorted(reserved)}: {names}")
         for crop in spec.crops:
             for key in ("blur", "solarize"):
                 if len(getattr(crop, key)) not in (0, crop.count):
                     raise ValueError(f"view {crop.name}: {key} needs one probability for each of {crop.count} crops")
+        # The shorter side that the smallest crop of a square image needs, to be resized by a factor of 1.
+        self.short_side = max((math.ceil(c.size / math.sqrt(c.scale[0])) for c in spec.crops), default=1)
+        self.canvas = canvas or math.ceil(self.short_side * math.sqrt(4 / 3) / 64) * 64
         self._streams = {name: _stream_key(seed, name) for name in names}
+        self._rules = {c.name: draw.rules(c) for c in spec.crops}
 
-    def shapes(self, batch: int) -> dict[str, tuple[tuple[int, ...], type]]:
+    def decode(self, data: bytes) -> np.ndarray:
+        """The pixels that crops are cut from, uint8 (H, W, 3): large JPEGs at a half, a quarter or an eighth of their
+        size where that is enough, then shrunk to the canvas where the longer side exceeds it. Raises ValueError."""
+        image = decode_pixels(data, self.short_side) if self._read is None else _plain(self._read(data))
+        height, width = image.shape[:2]
+        if max(height, width) <= self.canvas:
+            return image
+        factor = self.canvas / max(height, width)
+        small = np.empty((max(1, round(height * factor)), max(1, round(width * factor)), 3), np.uint8)
+        pixels.shrink(image, small)
+        return small
+
+    def shapes(self, batch: int) -> Shapes:
         """What `batch` images become: crops uint8 (count, batch, 3, size, size), noise float32 (batch, length)."""
-        crops = {c.name: ((c.count, batch, 3, c.size, c.size), np.uint8) for c in self.spec.crops}
-        return crops | {n.name: ((batch, n.length), np.float32) for n in self.spec.noise}
+        crops: Shapes = {c.name: ((c.count, batch, 3, c.size, c.size), np.uint8) for c in self.spec.crops}
+        return crops | self._noise_shapes(batch)
 
-    def into(self, image: Image.Image, ordinal: int, visit: int, out: dict[str, np.ndarray], i: int) -> None:
-        """Writes the views of an RGB image to place `i` of arrays of these `shapes`."""
+    def into(self, image: np.ndarray, ordinal: int, visit: int, out: dict[str, np.ndarray], i: int) -> None:
+        """Writes the views of pixels (H, W, 3) to place `i` of arrays of these `shapes`."""
+        image = _plain(image)
         for spec in self.spec.crops:
-            # One row per crop: a further crop of this entry leaves the rows before it as they are.
-            rows = self._generator(spec.name, ordinal, visit).random((spec.count, _DRAWS)).tolist()
-            for k, u in enumerate(rows):
-                render(image, draw(spec, k, u, image.width, image.height), out[spec.name][k, i])
-        for noise in self.spec.noise:
-            self._generator(noise.name, ordinal, visit).random(dtype=np.float32, out=out[noise.name][i])
+            rows = np.empty((spec.count, draw.COLUMNS), np.float32)
+            self._draw(spec.name, image, ordinal, visit, rows)
+            pixels.render(image, rows, spec.blur_taps, out[spec.name], i)
+        self._noise(ordinal, visit, out, i)
 
-    def __call__(self, image: Image.Image, ordinal: int, visit: int) -> dict[str, np.ndarray]:
+    def staging_shapes(self, batch: int) -> Shapes:
+        """What travels to a device that makes the crops itself, for `batch` images.
+
+        "canvas" uint8 (batch, S, S, 3), zeros beyond the image; "extent" int32 (batch, 2), its height and width; for
+        each entry of crops float32 (batch, count, draw.COLUMNS), their parameters; noise float32 (batch, length).
+        """
+        side = self.canvas
+        crops: Shapes = {c.name: ((batch, c.count, draw.COLUMNS), np.float32) for c in self.spec.crops}
+        staged: Shapes = {CANVAS: ((batch, side, side, 3), np.uint8), EXTENT: ((batch, 2), np.int32)}
+        return staged | crops | self._noise_shapes(batch)
+
+    def stage(self, image: np.ndarray, ordinal: int, visit: int, out: dict[str, np.ndarray], i: int) -> None:
+        """Writes pixels that `decode` returned, and what is to become of them, to place `i` of `staging_shapes`."""
+        height, width = image.shape[:2]
+        canvas = out[CANVAS][i]
+        canvas[:height, :width] = image
+        canvas[:height, width:] = 0
+        canvas[height:] = 0
+        out[EXTENT][i] = height, width
+        for spec in self.spec.crops:
+            self._draw(spec.name, image, ordinal, visit, out[spec.name][i])
+        self._noise(ordinal, visit, out, i)
+
+    def __call__(self, image: np.ndarray, ordinal: int, visit: int) -> dict[str, np.ndarray]:
         """The views of one image: crops uint8 (count, 3, size, size), noise float32 (length,)."""
         out = {name: np.empty(shape, dtype) for name, (shape, dtype) in self.shapes(1).items()}
         self.into(image, ordinal, visit, out, 0)
         return {c.name: out[c.name][:, 0] for c in self.spec.crops} | {n.name: out[n.name][0] for n in self.spec.noise}
 
-    def _generator(self, name: str, ordinal: int, visit: int) -> np.random.Generator:
-        # The counter advances in its first word: 2^64 blocks for each sample and visit.
-        counter = np.array([0, 0, ordinal, visit], dtype=np.uint64)
-        return np.random.Generator(np.random.Philox(key=self._streams[name], counter=counter))
+    def _noise_shapes(self, batch: int) -> Shapes:
+        return {n.name: ((batch, n.length), np.float32) for n in self.spec.noise}
+
+    def _draw(self, name: str, image: np.ndarray, ordinal: int, visit: int, rows: np.ndarray) -> None:
+        height, width = image.shape[:2]
+        draw.draw_crops(self._rules[name], self._streams[name], int(ordinal), int(visit), width, height, rows)
+
+    def _noise(self, ordinal: int, visit: int, out: dict[str, np.ndarray], i: int) -> None:
+        for noise in self.spec.noise:
+            draw.uniform(self._streams[noise.name], int(ordinal), int(visit), out[noise.name][i])
+
+
+def _plain(image: object) -> np.ndarray:
+    """Pixels as the compiled loops are compiled for: writable, contiguous; copied only where they are not."""
+    return np.require(image, np.uint8, ["C", "W"])
 
 
 def _stream_key(seed: int, name: str) -> np.ndarray:
