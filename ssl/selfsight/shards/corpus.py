@@ -3,7 +3,7 @@
 The chunk table says in which run of bytes a sample lies, the index where exactly and what the checksum of its extent
 is: headers, image, label and padding together. One comparison tells a sound sample; what is wrong with another is then
 looked for, so that it can be named. Nothing is opened before it is needed, and each process opens its own, so a Corpus
-can be pickled, forked and shared between threads.
+can be pickled, forked and shared between threads. It may lie in a folder or at a URL.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,12 +20,12 @@ import google_crc32c
 import numpy as np
 
 from selfsight.errors import UserError
-from selfsight.files import sha256_of
 from selfsight.shards import tar
+from selfsight.shards.cache import Opened
 from selfsight.shards.decode import EXTENSIONS
 from selfsight.shards.index import foreign_index, read_index
 from selfsight.shards.manifest import Manifest, Shard
-from selfsight.shards.store import open_store
+from selfsight.shards.store import FILE_SCHEME, is_url, open_store
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -61,23 +62,26 @@ class Sample:
 class Corpus:
     """`Corpus.open(folder)`; `n` samples, named by their global ordinal 0 … n-1."""
 
-    path: Path
+    path: Path | str  # a URL as it was given
     manifest: Manifest
-    chunks: np.ndarray  # CHUNK_DTYPE, one row per chunk, memory-mapped
+    chunks: np.ndarray  # CHUNK_DTYPE, one row per chunk, memory-mapped where it lies or is kept on this machine
 
     @classmethod
     def open(cls, folder: str | Path) -> "Corpus":
-        """Raises UserError where there is no finished corpus."""
+        """The corpus at a path or any URL of fsspec. Raises UserError where there is no finished one."""
         corpus = cls()
-        corpus.path = Path(folder)
-        corpus.manifest = Manifest.load(corpus.path)
-        corpus._open_chunks()
-        if sha256_of(corpus.path / CHUNKS_NAME) != corpus.manifest.chunks_sha256:
-            raise _foreign_chunks(corpus.path)
-        missing = [s.tar for s in corpus.manifest.shards if not corpus._store.exists(s.tar)]
-        if missing:
+        corpus.path = str(folder) if is_url(folder) else Path(str(folder).removeprefix(FILE_SCHEME))
+        corpus._forget()
+        corpus.manifest = Manifest.load(folder, corpus._store)
+        corpus._open_chunks(check=True)
+        if missing := corpus._store.missing([s.tar for s in corpus.manifest.shards]):
             raise UserError(f"{folder} lacks {missing[0]} ({len(missing)} shards in all): restore it, or build again")
         return corpus
+
+    @property
+    def name(self) -> str:
+        """Its folder's, for titles."""
+        return str(self.path).rstrip("/").rpartition("/")[2]
 
     @property
     def id(self) -> str:
@@ -110,9 +114,12 @@ class Corpus:
         begin, end, data_offset, size, crc32c, extent_crc32c, label = found[at].tolist()
         start = int(self.chunks["byte_start"][chunk])
         run = start, start + int(self.chunks["byte_len"][chunk])
-        extent = self._store.span(shard.tar, begin, end, run=run, digest=shard.sha256)
+        for again in (False, True, True):  # damaged in a cache; damaged on its way; and then it is the shard
+            extent = self._store.span(shard.tar, begin, end, run=run, digest=shard.sha256, again=again)
+            if sound := google_crc32c.value(extent) == extent_crc32c:
+                break
         data = extent[data_offset - begin :][:size]
-        if google_crc32c.value(extent) != extent_crc32c:
+        if not sound:
             damage = _damage(extent, end - begin, data if google_crc32c.value(data) != crc32c else None)
             raise tar.DamagedTar(
                 f"{self._store.locate(shard.tar)}: sample {key_of(ordinal)}: {damage.what}", begin + damage.offset
@@ -139,22 +146,27 @@ class Corpus:
     def _index(self, shard: Shard, columns: list[str] | None) -> "pa.Table":
         name = self._store.locate(shard.index)
         try:
-            file = self._store.read(shard.index)
+            with self._store.open(shard.index, shard.index_sha256) as opened:
+                file = opened.read()
         except OSError as e:
             raise UserError(f"{name} cannot be read ({e}): run `selfsight corpus verify`") from None
         if hashlib.sha256(file).hexdigest() != shard.index_sha256:
             raise foreign_index(name)
         return read_index(file, name, shard.count, columns)
 
-    def _open_chunks(self) -> None:
-        path = self.path / CHUNKS_NAME
+    def _open_chunks(self, *, check: bool) -> None:
+        digest, name = self.manifest.chunks_sha256, self._store.locate(CHUNKS_NAME)
         try:
-            self.chunks = np.lib.format.open_memmap(path, mode="r")
+            with self._store.open(CHUNKS_NAME, digest) as file:
+                foreign = check and hashlib.file_digest(file, "sha256").hexdigest() != digest
+                file.seek(0)
+                self.chunks = _mapped(file)
+        except UserError:
+            raise
         except (OSError, ValueError) as e:
-            raise UserError(f"{path} cannot be read ({e}): restore it, or build the corpus again") from None
-        if self.chunks.dtype != CHUNK_DTYPE or self.chunks.shape != (self.manifest.chunks,):
-            raise _foreign_chunks(self.path)
-        self._forget()
+            raise UserError(f"{name} cannot be read ({e}): restore it, or build the corpus again") from None
+        if foreign or self.chunks.dtype != CHUNK_DTYPE or self.chunks.shape != (self.manifest.chunks,):
+            raise UserError(f"{name} is not that of the manifest: restore it, or build the corpus again")
 
     def _forget(self) -> None:
         self._pid = os.getpid()
@@ -186,7 +198,18 @@ class Corpus:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._open_chunks()
+        self._forget()
+        self._open_chunks(check=False)
+
+
+def _mapped(file: Opened) -> np.ndarray:
+    """The array of a .npy file of version 1.0, read only; mapped where the file lies on this machine."""
+    if not isinstance(file, FileIO):
+        return np.load(file, allow_pickle=False)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("another version of .npy")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    return np.memmap(file, dtype, "r", offset=file.tell(), shape=shape)
 
 
 def _damage(extent: bytes, length: int, broken: bytes | None) -> tar.DamagedTar:
@@ -212,7 +235,3 @@ def _kept(cache: OrderedDict[int, Value], key: int, make: Callable[[], Value], m
             cache.popitem(last=False)
     cache.move_to_end(key)
     return found
-
-
-def _foreign_chunks(folder: Path) -> UserError:
-    return UserError(f"{folder / CHUNKS_NAME} is not that of the manifest: restore it, or build the corpus again")

@@ -1,0 +1,306 @@
+"""A corpus at a URL is the corpus in the folder: sample for sample, through every fault that a network has."""
+
+import importlib
+import json
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from selfsight.errors import UserError
+from selfsight.shards import Corpus, DamagedTar
+
+N, PER_SHARD, PER_CHUNK = 40, 16, 5
+BUCKET = "corpora"
+FAULTS = ["500", "503", "closed", "cut", "short", "truncated", "slow"]
+
+
+def content(ordinal: int) -> bytes:
+    return np.random.default_rng(ordinal).bytes(1000 + 97 * ordinal)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory, write_corpus):
+    return write_corpus(tmp_path_factory.mktemp("c") / "corpus", [content(i) for i in range(N)], PER_SHARD, PER_CHUNK)
+
+
+def upload(client, bucket: str, folder: Path) -> str:
+    client.create_bucket(Bucket=bucket)
+    for path in (p for p in folder.rglob("*") if p.is_file()):
+        client.put_object(Bucket=bucket, Key=f"a/corpus/{path.relative_to(folder).as_posix()}", Body=path.read_bytes())
+    return f"s3://{bucket}/a/corpus"
+
+
+@pytest.fixture(scope="session")
+def uploaded(s3_client, folder):
+    return upload(s3_client, BUCKET, folder)
+
+
+@pytest.fixture
+def url(s3, uploaded):
+    """The corpus on S3."""
+    return uploaded
+
+
+@pytest.fixture
+def put(s3, s3_client, folder):
+    """A function that replaces or removes a file of another copy of the corpus, `put.url`, at its source."""
+    bucket = f"copy-{time.monotonic_ns()}"
+
+    def put(name: str, data: bytes | None) -> None:
+        if data is None:
+            s3_client.delete_object(Bucket=bucket, Key=f"a/corpus/{name}")
+        else:
+            s3_client.put_object(Bucket=bucket, Key=f"a/corpus/{name}", Body=data)
+
+    put.url = upload(s3_client, bucket, folder)
+    return put
+
+
+def assert_whole(corpus: Corpus, folder: Path) -> None:
+    """Every sample, in an order of its own, is that of the folder, byte for byte."""
+    here = Corpus.open(folder)
+    for ordinal in np.random.default_rng(len(os.listdir(folder))).permutation(N).tolist():
+        assert corpus.sample(ordinal) == here.sample(ordinal)
+        assert corpus.sample(ordinal).data == content(ordinal)
+
+
+def test_a_corpus_on_s3_is_the_one_in_the_folder(url, s3, folder):
+    corpus, here = Corpus.open(url), Corpus.open(folder)
+    assert (corpus.id, corpus.n, corpus.name) == (here.id, N, "corpus")
+    assert (corpus.chunks == here.chunks).all()
+    assert isinstance(corpus.chunks, np.memmap)
+    assert corpus.labels().tolist() == here.labels().tolist()
+    s3.calm()
+    assert_whole(corpus, folder)
+    spans = [(path, span) for _, path, span in s3.gets("/shards/")]
+    assert len(spans) == len(set(spans)) == len(here.chunks)  # a run is one request, and is asked for once
+    s3.calm()
+    assert_whole(Corpus.open(url), folder)
+    assert {path.rpartition("/")[2] for _, path, _ in s3.gets()} == {"manifest.json", BUCKET}  # BUCKET: the listing
+    assert corpus.whereabouts(0) == f"{0:012d} in {url}/shards/000000.tar"
+
+
+def test_an_epoch_through_every_fault(url, s3, folder):
+    s3.plan = lambda path, nth: FAULTS[nth] if nth < len(FAULTS) else None
+    assert_whole(Corpus.open(url), folder)
+
+
+def test_faults_that_come_again_and_again(url, s3, folder):
+    """Every other answer is a fault, each kind in its turn."""
+    s3.plan = lambda path, nth: FAULTS[nth // 2 % len(FAULTS)] if nth % 2 == 0 else None
+    corpus = Corpus.open(url)
+    threads_ok = []
+    threads = [threading.Thread(target=lambda: threads_ok.append(assert_whole(corpus, folder))) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert threads_ok == [None] * 4
+
+
+def test_flipped_bits_heal(url, s3, folder):
+    """Every second answer has a flipped bit: none reaches a sample, none stays in the cache."""
+    s3.plan = lambda path, nth: "flipped" if nth % 2 == 0 and "manifest" not in path else None
+    corpus = Corpus.open(url)
+    assert_whole(corpus, folder)
+    s3.calm()
+    assert_whole(corpus, folder)
+    s3.calm()
+    assert_whole(corpus, folder)
+    assert not s3.gets("/shards/")  # by now all that is kept is right
+
+
+def test_bytes_that_rot_in_the_cache_heal(url, folder, quick):
+    corpus = Corpus.open(url)
+    assert_whole(corpus, folder)
+    for path in quick.iterdir():
+        if path.name != "lock":
+            data = bytearray(path.read_bytes())
+            data[len(data) // 2] ^= 1
+            path.write_bytes(data)
+    assert_whole(Corpus.open(url), folder)
+    for path in quick.iterdir():
+        path.write_bytes(path.read_bytes()[:-1])
+    assert_whole(Corpus.open(url), folder)
+
+
+def test_a_server_that_falls_silent(url, s3, folder, monkeypatch):
+    monkeypatch.setenv("SELFSIGHT_SILENCE", "0.3")
+    s3.plan = lambda path, nth: "silent" if nth == 0 and "000001" in path else None
+    assert_whole(Corpus.open(url), folder)
+
+
+@pytest.mark.parametrize("gone", ["500", "closed", "cut", "truncated"])
+def test_a_server_that_never_recovers(url, s3, monkeypatch, gone):
+    monkeypatch.setenv("SELFSIGHT_TRIES", "3")
+    corpus = Corpus.open(url)
+    s3.plan = lambda path, nth: gone if "shards" in path else None
+    with pytest.raises(OSError, match=rf"3 tries[^\n]*'{url}/shards/000000\.tar'$"):
+        corpus.sample(0)
+    assert 3 <= s3.asked[f"/{BUCKET}/a/corpus/shards/000000.tar"] <= 6  # a lost connection is tried again below us
+
+
+def test_a_server_that_is_gone_for_good(web, folder, quick, monkeypatch):
+    (web.folder / "c").symlink_to(folder)
+    url = f"{web.url}/c"
+    monkeypatch.setenv("SELFSIGHT_TRIES", "3")
+    corpus = Corpus.open(url)
+    corpus.sample(0)
+    web.plan = lambda path, nth: "closed"  # connections that were open
+    web.stop()
+    with pytest.raises(OSError, match=rf"3 tries[^\n]*'{url}/shards/000000\.tar'$"):
+        corpus.sample(2 * PER_CHUNK)
+    assert corpus.sample(PER_CHUNK - 1).data == content(PER_CHUNK - 1)  # what is kept is still there
+    with pytest.raises(UserError, match=rf"^{url}/manifest\.json cannot be read[^\n]*$"):
+        Corpus.open(url)
+
+
+def test_damage_at_the_source_is_named_and_costs_its_own_sample(put, folder):
+    url, name = put.url, "shards/000001.tar"
+    data = bytearray((folder / name).read_bytes())
+    offset = Corpus.open(folder).index(["data_offset"])["data_offset"].to_pylist()[PER_SHARD + 2]
+    data[offset] ^= 1
+    put(name, bytes(data))
+    corpus = Corpus.open(url)
+    with pytest.raises(DamagedTar, match=f"{url}/{name}: sample {PER_SHARD + 2:012d}: the image is not what was"):
+        corpus.sample(PER_SHARD + 2)
+    assert all(corpus.sample(i).data == content(i) for i in range(N) if i != PER_SHARD + 2)
+
+
+def test_a_shard_cut_short_or_missing_at_the_source(put, folder, s3):
+    url, whole = put.url, (folder / "shards/000001.tar").read_bytes()
+    middle = int(Corpus.open(folder).index(["member_offset"])["member_offset"].to_pylist()[PER_SHARD + 7])
+    put("shards/000001.tar", whole[: middle + 600])
+    corpus = Corpus.open(url)
+    for ordinal in range(PER_SHARD, 2 * PER_SHARD):
+        if ordinal < PER_SHARD + 7:
+            assert corpus.sample(ordinal).data == content(ordinal)
+        else:
+            with pytest.raises(DamagedTar, match=r"000001\.tar: [^\n]*the shard ends inside it"):
+                corpus.sample(ordinal)
+    put("shards/000002.tar", None)
+    s3.calm()
+    with pytest.raises(FileNotFoundError, match=f"no such file: '{url}/shards/000002.tar'"):
+        corpus.sample(N - 1)
+    assert len(s3.gets("shards/")) == 1  # that it is not there needs no second question
+    with pytest.raises(UserError, match=rf"^{url} lacks shards/000002\.tar \(1 shards in all\)"):
+        Corpus.open(url)
+
+
+def test_what_is_no_corpus_ends_in_one_line(put, monkeypatch, tmp_path):
+    from s3fs import S3FileSystem
+
+    url = put.url
+    for wrong in (f"{url}/nowhere", "s3://no-such-bucket/corpus"):
+        with pytest.raises(UserError, match=rf"^{wrong} is no corpus[^\n]*$"):
+            Corpus.open(wrong)
+    with pytest.raises(UserError, match=r"^frob://x/manifest\.json cannot be opened[^\n]*$"):
+        Corpus.open("frob://x")
+    Corpus.open(url)
+    for name in ("index/000000.parquet", "chunks.npy"):
+        put(name, b"else")
+    with pytest.raises(UserError, match=rf"^{url}/index/000000\.parquet is not the index of its shard[^\n]*$"):
+        Corpus.open(url).sample(0)  # its chunk table is in the cache
+    monkeypatch.setenv("SELFSIGHT_CACHE", str(tmp_path / "empty"))
+    with pytest.raises(UserError, match=rf"^{url}/chunks\.npy [^\n]*$"):
+        Corpus.open(url)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    S3FileSystem.clear_instance_cache()
+    with pytest.raises(UserError, match=rf"^{url}/manifest\.json cannot be read \(access is denied[^\n]*$"):
+        Corpus.open(url)
+    S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs", "http"])
+def test_a_package_that_is_not_installed_is_named(scheme, monkeypatch, quick):
+    for name in ("s3fs", "gcsfs", "aiohttp"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "fsspec.implementations.http", raising=False)
+    monkeypatch.delitem(importlib.import_module("fsspec.registry")._registry, scheme, raising=False)
+    extra = {"gs": "gcs"}.get(scheme, scheme)
+    with pytest.raises(UserError, match=rf"pip install 'selfsight\[{extra}\]'$"):
+        Corpus.open(f"{scheme}://bucket/corpus")
+
+
+def test_a_web_server_with_faults(web, folder, quick):
+    (web.folder / "c").symlink_to(folder)
+    web.plan = lambda path, nth: FAULTS[nth] if nth < len(FAULTS) else None
+    assert_whole(Corpus.open(f"{web.url}/c"), folder)
+    with pytest.raises(UserError, match="is no corpus"):
+        Corpus.open(f"{web.url}/d")
+
+
+def test_any_other_file_system_of_fsspec(folder, quick):
+    import fsspec
+
+    fsspec.filesystem("memory").put(str(folder), "/corpus", recursive=True)
+    assert_whole(Corpus.open("memory://corpus"), folder)
+    assert_whole(Corpus.open(f"file://{folder}"), folder)
+
+
+def test_shards_that_lie_elsewhere(web, folder, tmp_path, quick):
+    """A corpus of this machine whose manifest names a shard by URL, one by path, and one of its own."""
+    root = tmp_path / "adopted"
+    (root / "shards").mkdir(parents=True)
+    for name in ("index", "chunks.npy"):
+        (root / name).symlink_to(folder / name)
+    (root / "shards/000002.tar").symlink_to(folder / "shards/000002.tar")
+    (web.folder / "c").symlink_to(folder)
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    manifest["shards"][0]["url"] = f"{web.url}/c/shards/000000.tar"
+    manifest["shards"][1]["url"] = str(folder / "shards/000001.tar")
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    assert_whole(Corpus.open(root), folder)
+    assert {path for _, path, _ in web.requests} == {"/c/shards/000000.tar"}
+
+
+def test_pickled_and_forked(url, folder):
+    corpus = Corpus.open(url)
+    corpus.sample(0)
+    assert_whole(pickle.loads(pickle.dumps(corpus)), folder)
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.map(corpus.sample, range(N)) == [corpus.sample(i) for i in range(N)]
+
+
+READER = """
+import sys
+import numpy as np
+from selfsight.shards import Corpus
+away, here = Corpus.open(sys.argv[1]), Corpus.open(sys.argv[2])
+for epoch in range(2):
+    for i in np.random.default_rng([int(sys.argv[3]), epoch]).permutation(here.n).tolist():
+        assert away.sample(i) == here.sample(i), i
+"""
+
+
+def test_processes_share_a_cache_smaller_than_the_corpus(web, folder, quick, monkeypatch, held):
+    (web.folder / "c").symlink_to(folder)
+    bound = sum(p.stat().st_size for p in folder.glob("shards/*")) // 3
+    monkeypatch.setenv("SELFSIGHT_CACHE_BYTES", str(bound))
+    command = [sys.executable, "-c", READER, f"{web.url}/c", str(folder)]
+    readers = [subprocess.Popen([*command, str(seed)], stderr=subprocess.PIPE) for seed in range(3)]
+    most = 0
+    while any(r.poll() is None for r in readers):
+        most = max(most, held(quick))
+        time.sleep(0.001)
+    assert [r.communicate()[1] for r in readers] == [b""] * 3
+    assert 0 < most <= bound
+    assert not list(quick.glob("*.part"))
+
+
+def test_a_cache_that_is_off_or_too_small_for_a_run_takes_samples_one_by_one(url, s3, folder, monkeypatch):
+    monkeypatch.setenv("SELFSIGHT_CACHE_BYTES", "0")
+    corpus = Corpus.open(url)
+    s3.calm()
+    assert_whole(corpus, folder)
+    assert {int(r.rpartition("-")[2]) - int(r[6:].partition("-")[0]) < 8192 for _, _, r in s3.gets("shards/")} == {True}
