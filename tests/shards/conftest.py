@@ -28,6 +28,8 @@ from selfsight.shards.write import ShardWriter
 def write_corpus() -> Callable:
     """A function that writes a corpus of payloads that need not be images: the layer under test knows bytes only."""
 
+    fixed = {"format": "PNG", "mode": "RGB", "width": 4, "height": 3, "frames": 1, "progressive": False}
+
     def write(root: Path, contents: list[bytes], per_shard: int, per_chunk: int) -> Path:
         shards, tables = [], []
         for name in ("shards", "index"):
@@ -37,8 +39,8 @@ def write_corpus() -> Callable:
                 writer, rows = ShardWriter(f, number=number, first=first, chunk_samples=per_chunk), []
                 for ordinal, data in enumerate(contents[first : first + per_shard], first):
                     writer.add(data, "png", ordinal % 3)
-                    rows.append({"sample": ordinal, "label": ordinal % 3, "format": "PNG", "size": len(data)})
-                    rows[-1]["crc32c"] = google_crc32c.value(data)
+                    rows.append({"sample": ordinal, "label": ordinal % 3, "size": len(data), "exif_orientation": 1})
+                    rows[-1] |= {**fixed, "crc32c": google_crc32c.value(data)}
                 size, digest, table, extents = writer.finish()
             index = root / f"index/{number:06d}.parquet"
             write_index(index, [row | extent for row, extent in zip(rows, extents, strict=True)])

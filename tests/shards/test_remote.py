@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,8 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from launch import cli
 from selfsight.errors import UserError
 from selfsight.shards import Corpus, DamagedTar
+from selfsight.shards.selection import read_selection, write_selection
 
 N, PER_SHARD, PER_CHUNK = 40, 16, 5
 BUCKET = "corpora"
@@ -304,3 +307,39 @@ def test_a_cache_that_is_off_or_too_small_for_a_run_takes_samples_one_by_one(url
     s3.calm()
     assert_whole(corpus, folder)
     assert {int(r.rpartition("-")[2]) - int(r[6:].partition("-")[0]) < 8192 for _, _, r in s3.gets("shards/")} == {True}
+
+
+def test_the_commands_take_urls(url, folder, capsys):
+    for command in (["info"], ["corpus", "stats"]):
+        assert cli.main([*command, url, "--json"]) == 0
+        there = json.loads(capsys.readouterr().out)
+        assert cli.main([*command, str(folder), "--json"]) == 0
+        assert there == {**json.loads(capsys.readouterr().out), "path": url}
+    assert cli.main(["corpus", "verify", url]) == 2
+    assert "far away" in capsys.readouterr().err
+
+
+def test_a_selection_at_a_url(put, folder, tmp_path):
+    corpus = Corpus.open(put.url)
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    path = write_selection(Corpus.open(copy), "some", np.array([3, 8]), np.array([1, 2]))
+    put("selections/some.parquet", path.read_bytes())
+    for name in ("some", str(path), f"{put.url}/selections/some.parquet"):
+        assert read_selection(corpus, name).ordinals.tolist() == [3, 8]
+    with pytest.raises(UserError, match=rf"^there is no {put.url}/selections/other\.parquet"):
+        read_selection(corpus, "other")
+    with pytest.raises(UserError, match="only read"):
+        write_selection(corpus, "more", np.array([1]))
+
+
+def test_a_cache_too_small_for_the_order_is_said(url, monkeypatch):
+    monkeypatch.setenv("SELFSIGHT_CACHE_BYTES", "60K")
+    corpus = Corpus.open(url)
+    assert corpus.too_large_for_cache(1, 2) is None
+    said = corpus.too_large_for_cache(4, 4)
+    assert said is not None
+    assert url in said
+
+
+def test_a_folder_needs_no_cache(folder):
+    assert Corpus.open(folder).too_large_for_cache(10**6, 10**6) is None

@@ -11,6 +11,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -39,6 +40,7 @@ UNLABELLED = -1
 # Of the index, what finding and checking a sample takes: int64, UNLABELLED for no label.
 FOUND_BY = ("member_offset", "end", "data_offset", "size", "crc32c", "extent_crc32c", "label")
 INDEXED_SHARDS = 64
+REQUESTS = 32  # index files on their way at once
 # An order has lanes × window chunks in hand, 256 × 16 at its defaults, and every process that reads needs them all:
 # finding one in the index of its shard takes longer than decoding an image, keeping one 16 kB.
 KNOWN_CHUNKS = 8192
@@ -141,7 +143,19 @@ class Corpus:
         """The index, one row per sample, by ordinal. Raises UserError where a file of it is missing or damaged."""
         import pyarrow as pa
 
-        return pa.concat_tables(self._index(s, columns) for s in self.manifest.shards)
+        if not is_url(self.path):
+            return pa.concat_tables(self._index(s, columns) for s in self.manifest.shards)
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            return pa.concat_tables(pool.map(lambda s: self._index(s, columns), self.manifest.shards))
+
+    def too_large_for_cache(self, lanes: int, window: int) -> str | None:
+        """A sentence where the `lanes` that this machine reads, with `window` chunks open in each, keep more bytes in
+        use than the cache may hold; None where they fit, and where all shards lie on this machine."""
+        away = np.array([is_url(self._store.locate(s.tar)) for s in self.manifest.shards])
+        sizes = self.chunks["byte_len"][away[self.chunks["shard"]]]
+        if not len(sizes):
+            return None
+        return self._store.too_small_for(int(sizes.mean()) * min(lanes * window, len(sizes)))
 
     def _index(self, shard: Shard, columns: list[str] | None) -> "pa.Table":
         name = self._store.locate(shard.index)
@@ -171,6 +185,7 @@ class Corpus:
     def _forget(self) -> None:
         self._pid = os.getpid()
         self._lock = threading.Lock()
+        self._turns = [threading.Lock() for _ in range(REQUESTS)]
         self._store = open_store(self.path)
         self._indexed: OrderedDict[int, tuple[list[str], np.ndarray]] = OrderedDict()
         self._chunks_known: OrderedDict[int, tuple[list[str], np.ndarray]] = OrderedDict()
@@ -185,13 +200,13 @@ class Corpus:
             return [EXTENSIONS.get(name, "bin") for name in table["format"].to_pylist()], np.stack(columns, axis=1)
 
         def of_chunk() -> tuple[list[str], np.ndarray]:
-            extensions, found = _kept(self._indexed, shard.number, of_shard, INDEXED_SHARDS)
+            with self._turns[shard.number % REQUESTS]:  # one thread reads an index, others may read others
+                extensions, found = _kept(self._indexed, self._lock, shard.number, of_shard, INDEXED_SHARDS)
             row = self.chunks[chunk]
             rows = slice(int(row["first"]) - shard.first, int(row["first"]) - shard.first + int(row["n"]))
             return extensions[rows], found[rows].copy()
 
-        with self._lock:
-            return _kept(self._chunks_known, chunk, of_chunk, KNOWN_CHUNKS)
+        return _kept(self._chunks_known, self._lock, chunk, of_chunk, KNOWN_CHUNKS)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "manifest": self.manifest}
@@ -226,12 +241,18 @@ def _damage(extent: bytes, length: int, broken: bytes | None) -> tar.DamagedTar:
     return tar.DamagedTar("a header, label or padding is not what was stored", 0)
 
 
-def _kept(cache: OrderedDict[int, Value], key: int, make: Callable[[], Value], most: int) -> Value:
-    """`make()`, remembered in `cache` until `most` others were asked for since."""
-    found = cache.get(key)
-    if found is None:
-        found = cache[key] = make()
+def _kept(
+    cache: OrderedDict[int, Value], lock: threading.Lock, key: int, make: Callable[[], Value], most: int
+) -> Value:
+    """`make()`, remembered in `cache` until `most` others were asked for since. It is made outside the lock."""
+    with lock:
+        if key in cache:
+            cache.move_to_end(key)
+            return cache[key]
+    made = make()
+    with lock:
+        cache[key] = made
+        cache.move_to_end(key)
         if len(cache) > most:
             cache.popitem(last=False)
-    cache.move_to_end(key)
-    return found
+    return made
