@@ -26,7 +26,6 @@ def describe(path: str | Path) -> dict[str, Any]:
     from selfsight.errors import UserError
     from selfsight.shards.manifest import NAME as MANIFEST
     from selfsight.shards.store import is_url
-    from selfsight.weights.run import is_run
 
     if is_url(path):
         return {"kind": "corpus", "path": str(path), **_corpus(path)}
@@ -35,6 +34,8 @@ def describe(path: str | Path) -> dict[str, Any]:
         raise UserError(f"there is no {path}: give a corpus, run or weights folder")
     if (path / MANIFEST).is_file():
         return {"kind": "corpus", "path": str(path), **_corpus(path)}
+    from selfsight.weights.run import is_run  # with all of torch
+
     if is_run(path):
         return {"kind": "run", "path": str(path), **_run(path)}
     if (path / "model.safetensors").is_file() or (path / "selfsight.json").is_file():

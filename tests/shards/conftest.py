@@ -57,11 +57,15 @@ def write_corpus() -> Callable:
 
 
 Answer = tuple[int, dict[str, str], bytes]  # status, headers, body
-Fault = str  # "500", "503", "slow", "silent", "closed", "cut", "short", "truncated" or "flipped"
+Fault = str  # "403", "500", "503", "slow", "silent", "closed", "cut", "short", "truncated" or "flipped"
+
+
+CODES = {"403": "AccessDenied", "500": "InternalError", "503": "SlowDown"}
 
 
 class FaultyServer:
-    """Answers as `backend` does, but for what `plan(path, nth)` says of the nth GET of a path: a Fault, or None."""
+    """Answers as `backend` does, but for what `plan(path, nth)` says of the nth GET, and the nth HEAD, of a path: a
+    Fault or None."""
 
     def __init__(self, backend: Callable[[str, str, dict[str, str], bytes], Answer]) -> None:
         self.asked: Counter[str] = Counter()
@@ -109,17 +113,19 @@ class FaultyServer:
     def _respond(self, handler: BaseHTTPRequestHandler, backend: Callable) -> None:
         method, path, headers = handler.command, handler.path.partition("?")[0], dict(handler.headers.items())
         body = handler.rfile.read(int(headers.get("Content-Length", 0)))
+        asked = path if method == "GET" else f"{method} {path}"
         with self._lock:
-            nth = self.asked[path]
-            self.asked[path] += method == "GET"
+            nth = self.asked[asked]
+            self.asked[asked] += 1
             self.requests.append((method, path, headers.get("Range") or headers.get("range")))
-        fault = self.plan(path, nth) if method == "GET" else None
+        fault = self.plan(path, nth) if method in ("GET", "HEAD") else None
         if fault == "closed":
             return self._hang_up(handler)
         if fault == "silent":
             time.sleep(1.0)
-        if fault in ("500", "503"):
-            status, headers, data = int(fault), {}, b"<Error><Code>SlowDown</Code></Error>"
+        if fault in CODES:
+            status, headers = int(fault), {}
+            data = f"<Error><Code>{CODES[fault]}</Code></Error>".encode() if method == "GET" else b""
         else:
             status, headers, data = backend(method, handler.path, headers, body)
         if fault == "flipped":
@@ -248,7 +254,7 @@ def held() -> Callable[[Path], int]:
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
     """Many tries with hardly a pause, and a cache of the test's own, whose folder this is."""
-    monkeypatch.setenv("SELFSIGHT_TRIES", "9")
+    monkeypatch.setenv("SELFSIGHT_TRIES", "12")
     monkeypatch.setenv("SELFSIGHT_PAUSE", "0.001")
     monkeypatch.setenv("SELFSIGHT_SILENCE", "20")
     monkeypatch.setenv("SELFSIGHT_CACHE", str(tmp_path / "cache"))

@@ -91,6 +91,15 @@ def test_a_corpus_on_s3_is_the_one_in_the_folder(url, s3, folder):
     assert corpus.whereabouts(0) == f"{0:012d} in {url}/shards/000000.tar"
 
 
+def test_what_was_prefetched_needs_no_server(url, s3, folder):
+    corpus = Corpus.open(url)
+    for chunk in range(len(corpus.chunks)):
+        corpus.prefetch(chunk)
+        Corpus.open(folder).prefetch(chunk)  # which is nothing
+    s3.plan = lambda path, nth: "500"
+    assert_whole(corpus, folder)
+
+
 def test_an_epoch_through_every_fault(url, s3, folder):
     s3.plan = lambda path, nth: FAULTS[nth] if nth < len(FAULTS) else None
     assert_whole(Corpus.open(url), folder)
@@ -149,6 +158,17 @@ def test_a_server_that_never_recovers(url, s3, monkeypatch, gone):
     with pytest.raises(OSError, match=rf"3 tries[^\n]*'{url}/shards/000000\.tar'$"):
         corpus.sample(0)
     assert 3 <= s3.asked[f"/{BUCKET}/a/corpus/shards/000000.tar"] <= 6  # a lost connection is tried again below us
+
+
+def test_no_permission_is_not_asked_for_twice(url, s3):
+    s3.plan = lambda path, nth: "403"
+    with pytest.raises(UserError, match=rf"^{url}/manifest\.json cannot be read \(access is denied[^\n]*$"):
+        Corpus.open(url)
+    assert len(s3.requests) == 1
+    s3.plan = lambda path, nth: "403" if "shards/" in path else None
+    with pytest.raises(PermissionError, match=rf"access is denied[^\n]*'{url}/shards/000000\.tar'$"):
+        Corpus.open(url).sample(0)
+    assert len(s3.gets("shards/")) == 1
 
 
 def test_a_server_that_is_gone_for_good(web, folder, quick, monkeypatch):
@@ -275,14 +295,27 @@ def test_pickled_and_forked(url, folder):
         assert pool.map(corpus.sample, range(N)) == [corpus.sample(i) for i in range(N)]
 
 
-READER = """
-import sys
+READERS = """
+import os, sys
 import numpy as np
 from selfsight.shards import Corpus
-away, here = Corpus.open(sys.argv[1]), Corpus.open(sys.argv[2])
-for epoch in range(2):
-    for i in np.random.default_rng([int(sys.argv[3]), epoch]).permutation(here.n).tolist():
-        assert away.sample(i) == here.sample(i), i
+
+def read(seed):
+    away, here = Corpus.open(sys.argv[1]), Corpus.open(sys.argv[2])
+    for i in np.random.default_rng(seed).permutation(3 * here.n).tolist():
+        assert away.sample(i % here.n) == here.sample(i % here.n), i
+
+children = []
+for seed in range(4):
+    if (pid := os.fork()) == 0:
+        status = 1
+        try:
+            read(seed)
+            status = 0
+        finally:
+            os._exit(status)
+    children.append(pid)
+assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * 4
 """
 
 
@@ -290,13 +323,12 @@ def test_processes_share_a_cache_smaller_than_the_corpus(web, folder, quick, mon
     (web.folder / "c").symlink_to(folder)
     bound = sum(p.stat().st_size for p in folder.glob("shards/*")) // 3
     monkeypatch.setenv("SELFSIGHT_CACHE_BYTES", str(bound))
-    command = [sys.executable, "-c", READER, f"{web.url}/c", str(folder)]
-    readers = [subprocess.Popen([*command, str(seed)], stderr=subprocess.PIPE) for seed in range(3)]
+    readers = subprocess.Popen([sys.executable, "-c", READERS, f"{web.url}/c", str(folder)])
     most = 0
-    while any(r.poll() is None for r in readers):
+    while readers.poll() is None:
         most = max(most, held(quick))
         time.sleep(0.001)
-    assert [r.communicate()[1] for r in readers] == [b""] * 3
+    assert readers.returncode == 0
     assert 0 < most <= bound
     assert not list(quick.glob("*.part"))
 
