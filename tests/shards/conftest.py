@@ -57,7 +57,7 @@ def write_corpus() -> Callable:
 
 
 Answer = tuple[int, dict[str, str], bytes]  # status, headers, body
-Fault = str  # "403", "500", "503", "slow", "silent", "closed", "cut", "short", "truncated" or "flipped"
+Fault = str  # "403", "500", "503", "slow", "silent", "closed", "cut", "short", "truncated", "flipped" or "whole"
 
 
 CODES = {"403": "AccessDenied", "500": "InternalError", "503": "SlowDown"}
@@ -127,6 +127,8 @@ class FaultyServer:
             status, headers = int(fault), {}
             data = f"<Error><Code>{CODES[fault]}</Code></Error>".encode() if method == "GET" else b""
         else:
+            if fault == "whole":  # as servers do that know no ranges
+                headers = {name: value for name, value in headers.items() if name.lower() != "range"}
             status, headers, data = backend(method, handler.path, headers, body)
         if fault == "flipped":
             data = data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 4]) + data[len(data) // 2 + 1 :]

@@ -263,6 +263,22 @@ def test_a_web_server_with_faults(web, folder, quick):
         Corpus.open(f"{web.url}/d")
 
 
+def test_a_server_without_ranges_is_said(web, folder, quick):
+    (web.folder / "c").symlink_to(folder)
+    web.plan = lambda path, nth: "whole"
+    corpus = Corpus.open(f"{web.url}/c")
+    with pytest.raises(OSError, match=rf"does not give ranges[^\n]*'{web.url}/c/shards/000000\.tar'$"):
+        corpus.sample(0)
+    assert len(web.gets("shards")) == 1
+
+
+def test_two_urls_of_one_corpus_share_what_is_kept(url, put, s3, folder):
+    assert_whole(Corpus.open(url), folder)
+    s3.calm()
+    assert_whole(Corpus.open(put.url), folder)
+    assert not s3.gets("/shards/") + s3.gets("/index/") + s3.gets("chunks.npy")
+
+
 def test_any_other_file_system_of_fsspec(folder, quick):
     import fsspec
 
@@ -285,6 +301,10 @@ def test_shards_that_lie_elsewhere(web, folder, tmp_path, quick):
     (root / "manifest.json").write_text(json.dumps(manifest))
     assert_whole(Corpus.open(root), folder)
     assert {path for _, path, _ in web.requests} == {"/c/shards/000000.tar"}
+    manifest["shards"][1]["url"] = str(folder / "shards/else.tar")
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"lacks [^\n]*else\.tar"):
+        Corpus.open(root)
 
 
 def test_pickled_and_forked(url, folder):

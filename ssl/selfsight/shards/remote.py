@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from io import BytesIO
+from io import BytesIO, UnsupportedOperation
 from typing import Any, cast
 
 from selfsight.errors import UserError
@@ -146,7 +146,7 @@ class RemoteFiles:
             if size is None or len(data) != max(0, size - start):
                 raise OSError(f"{len(data)} bytes came of {stop - start}")
         elif len(data) > stop - start:
-            raise OSError(f"{len(data)} bytes came of {stop - start}: the server gives no ranges")
+            raise UnsupportedOperation(f"{len(data)} bytes came of {stop - start}")
         return data
 
     def _size(self, url: str) -> int | None:
@@ -209,6 +209,8 @@ def _refusal(problem: Exception, url: str) -> OSError | None:
     """What asking again would not change, as an error that names the URL."""
     if type(problem.__cause__).__module__.startswith("aiohttp"):  # fsspec's HTTP calls any trouble "not found"
         problem = cast(Exception, problem.__cause__)
+    if isinstance(problem, UnsupportedOperation):
+        return OSError(errno.ENOTSUP, f"the server does not give ranges of bytes ({problem})", url)
     status = getattr(problem, "status", None)
     text = " ".join(str(problem).split())
     if isinstance(problem, FileNotFoundError) or status in (404, 410):

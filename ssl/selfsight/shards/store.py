@@ -50,15 +50,23 @@ class Store:
         return str(Path(self.root) / name.removeprefix(FILE_SCHEME))
 
     def missing(self, names: list[str]) -> list[str]:
-        """Those of `names` that are not there, as far as paths and one listing of each folder of a URL's root tell."""
-        if not is_url(self.root):
-            return [n for n in names if not is_url(n) and not os.path.isfile(self.locate(n))]
-        folders = {folder for n in names if not is_url(n) and (folder := os.path.dirname(n))}
-        if len(names) > LISTED:  # a request for every thousand
-            return []
-        there = {folder: self._remote().names(self.locate(folder)) for folder in folders}
-        known = {f"{folder}/{name}" for folder, found in there.items() for name in found or ()}
-        return [n for n in names if there.get(os.path.dirname(n)) is not None and n not in known]
+        """Those of `names` that are not there.
+
+        Every path is looked at. Below a root that is a URL, folders are listed, where that takes few requests and the
+        place allows it; whether other URLs hold anything will be seen when they are read.
+        """
+        places = {n: self.locate(n) for n in names}
+        below = [n for n in names if is_url(places[n]) and not is_url(n)]
+        folders = {os.path.dirname(n) for n in below} if len(below) <= LISTED else ()
+        listed = {folder: self._remote().names(self.locate(folder)) for folder in folders}
+
+        def is_missing(name: str) -> bool:
+            if not is_url(places[name]):
+                return not os.path.isfile(places[name])
+            folder, last = os.path.split(name)
+            return not is_url(name) and (known := listed.get(folder)) is not None and last not in known
+
+        return [n for n in names if is_missing(n)]
 
     def read(self, name: str) -> bytes:
         """A whole file as it is now. Raises OSError."""
