@@ -226,7 +226,7 @@ def _fill(
     workers: int | None,
 ) -> None:
     done = 0
-    with progress(f"features of {corpus.path.name}", total=corpus.n) as bar:
+    with progress(f"features of {corpus.name}", total=corpus.n) as bar:
         for pixels in _batches(corpus, transform, batch_size, workers, pin=device.type == "cuda"):
             features = embed(pixels.to(device, non_blocking=True)).cpu().numpy()
             if not np.isfinite(features).all():

@@ -23,7 +23,9 @@ from selfsight.files import publish
 from selfsight.shards.corpus import Corpus
 
 
-def build_report(run: Path, *, train: Path | None = None, test: Path | None = None, out: Path | None = None) -> Path:
+def build_report(
+    run: Path, *, train: str | Path | None = None, test: str | Path | None = None, out: Path | None = None
+) -> Path:
     """Writes the report of `run` to `out` (default run/report.html) and returns its path.
 
     `train` is the corpus searched for neighbours (default: the one the recipe names, if it is still there), `test` the
@@ -32,8 +34,8 @@ def build_report(run: Path, *, train: Path | None = None, test: Path | None = No
     """
     opened = open_run(Path(run))
     trained_on = _recipe_corpus(opened)
-    bank = Corpus.open(Path(train)) if train is not None else trained_on
-    asked = Corpus.open(Path(test)) if test is not None else None
+    bank = Corpus.open(train) if train is not None else trained_on
+    asked = Corpus.open(test) if test is not None else None
     target = Path(out) if out is not None else opened.path / "report.html"
     _write(target, _render(_context(opened, trained_on or bank, bank, asked)))
     return target
@@ -84,7 +86,7 @@ def _recipe_corpus(run: RunFolder) -> Corpus | None:
     if not named:
         return None
     try:
-        corpus = Corpus.open(Path(named))
+        corpus = Corpus.open(named)
     except UserError:
         return None
     known = export.origin["meta"].get("corpus_id") if export is not None else None

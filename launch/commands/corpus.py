@@ -82,7 +82,10 @@ LEFT_OUT = {
 def run_verify(args: argparse.Namespace) -> int:
     from selfsight.corpus import verify
     from selfsight.shards import Manifest
+    from selfsight.shards.store import is_url
 
+    if is_url(args.corpus):
+        raise UserError(f"{args.corpus} is far away: run verify where the corpus is a folder, or on a copy of it")
     faults = verify(args.corpus)
     manifest = Manifest.load(args.corpus)
     if args.json:

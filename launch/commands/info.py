@@ -1,4 +1,4 @@
-"""`selfsight info PATH`: says what a folder is (corpus, run or weights) and what is in it. Writes nothing."""
+"""`selfsight info PATH`: says what a folder is (corpus, run or weights) and what is in it; or a corpus at a URL."""
 
 import argparse
 import json
@@ -10,27 +10,32 @@ TAIL = 1 << 16  # bytes of metrics.jsonl that are sure to hold the last records
 
 def add(subparsers) -> None:
     parser = subparsers.add_parser("info", help="say what a corpus, run or weights folder is")
-    parser.add_argument("path", metavar="PATH")
+    parser.add_argument("path", metavar="PATH", help="a folder, or the URL of a corpus")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    found = describe(Path(args.path))
+    found = describe(args.path)
     print(json.dumps(found) if args.json else _text(found))
     return 0
 
 
-def describe(path: Path) -> dict[str, Any]:
-    """JSON-able; "kind" is corpus, run or weights. Raises UserError for anything else."""
+def describe(path: str | Path) -> dict[str, Any]:
+    """JSON-able; "kind" is corpus, run or weights. At a URL it is a corpus. Raises UserError for anything else."""
     from selfsight.errors import UserError
     from selfsight.shards.manifest import NAME as MANIFEST
-    from selfsight.weights.run import is_run
+    from selfsight.shards.store import is_url
 
+    if is_url(path):
+        return {"kind": "corpus", "path": str(path), **_corpus(path)}
+    path = Path(path)
     if not path.exists():
         raise UserError(f"there is no {path}: give a corpus, run or weights folder")
     if (path / MANIFEST).is_file():
         return {"kind": "corpus", "path": str(path), **_corpus(path)}
+    from selfsight.weights.run import is_run  # with all of torch
+
     if is_run(path):
         return {"kind": "run", "path": str(path), **_run(path)}
     if (path / "model.safetensors").is_file() or (path / "selfsight.json").is_file():
@@ -40,7 +45,7 @@ def describe(path: Path) -> dict[str, Any]:
     )
 
 
-def _corpus(path: Path) -> dict[str, Any]:
+def _corpus(path: str | Path) -> dict[str, Any]:
     from selfsight.shards.corpus import Corpus
 
     corpus = Corpus.open(path)

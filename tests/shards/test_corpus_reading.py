@@ -1,21 +1,16 @@
 """Random access: any ordinal from any process gives the sample that was written; damage never passes for data."""
 
-import hashlib
 import json
 import pickle
 import threading
 
-import google_crc32c
 import numpy as np
 import pytest
 
 from selfsight.errors import UserError
-from selfsight.files import sha256_of
 from selfsight.shards import Corpus, DamagedTar
 from selfsight.shards.corpus import CHUNK_DTYPE
-from selfsight.shards.index import write_index
-from selfsight.shards.manifest import COUNTS, Manifest, Shard, merkle_root
-from selfsight.shards.write import ShardWriter
+from selfsight.shards.manifest import Shard, merkle_root
 
 N, PER_SHARD = 23, 9
 
@@ -25,30 +20,8 @@ def content(ordinal: int) -> bytes:
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """Three shards of payloads that need not be images: this layer knows bytes only."""
-    root, shards, tables = tmp_path / "corpus", [], []
-    for name in ("shards", "index"):
-        (root / name).mkdir(parents=True)
-    for number, first in enumerate(range(0, N, PER_SHARD)):
-        with open(root / f"shards/{number:06d}.tar", "wb") as f:
-            writer, rows = ShardWriter(f, number=number, first=first, chunk_samples=4), []
-            for ordinal in range(first, min(first + PER_SHARD, N)):
-                writer.add(content(ordinal), "png", ordinal % 3)
-                rows.append({"sample": ordinal, "label": ordinal % 3, "format": "PNG", "size": len(content(ordinal))})
-                rows[-1]["crc32c"] = google_crc32c.value(content(ordinal))
-            size, digest, table, extents = writer.finish()
-        index = root / f"index/{number:06d}.parquet"
-        write_index(index, [row | extent for row, extent in zip(rows, extents, strict=True)])
-        shards.append(Shard(number, first, len(rows), size, digest, sha256_of(index)))
-        tables.append(table)
-    np.save(root / "chunks.npy", np.concatenate(tables))
-    digest = hashlib.sha256((root / "chunks.npy").read_bytes()).hexdigest()
-    counts = dict.fromkeys(COUNTS, 0)
-    Manifest(
-        merkle_root(shards), N, 0, shards, sum(map(len, tables)), digest, "", ["a", "b", "c"], counts, {}, {}, ""
-    ).save(root)  # fmt: skip
-    return root
+def folder(tmp_path, write_corpus):
+    return write_corpus(tmp_path / "corpus", [content(i) for i in range(N)], PER_SHARD, 4)
 
 
 def same(corpus: Corpus) -> bool:

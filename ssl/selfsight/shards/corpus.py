@@ -3,7 +3,7 @@
 The chunk table says in which run of bytes a sample lies, the index where exactly and what the checksum of its extent
 is: headers, image, label and padding together. One comparison tells a sound sample; what is wrong with another is then
 looked for, so that it can be named. Nothing is opened before it is needed, and each process opens its own, so a Corpus
-can be pickled, forked and shared between threads.
+can be pickled, forked and shared between threads. It may lie in a folder or at a URL.
 """
 
 import hashlib
@@ -11,7 +11,9 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,12 +21,12 @@ import google_crc32c
 import numpy as np
 
 from selfsight.errors import UserError
-from selfsight.files import sha256_of
 from selfsight.shards import tar
+from selfsight.shards.cache import Opened
 from selfsight.shards.decode import EXTENSIONS
 from selfsight.shards.index import foreign_index, read_index
 from selfsight.shards.manifest import Manifest, Shard
-from selfsight.shards.store import open_store
+from selfsight.shards.store import FILE_SCHEME, is_url, open_store
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -38,6 +40,7 @@ UNLABELLED = -1
 # Of the index, what finding and checking a sample takes: int64, UNLABELLED for no label.
 FOUND_BY = ("member_offset", "end", "data_offset", "size", "crc32c", "extent_crc32c", "label")
 INDEXED_SHARDS = 64
+REQUESTS = 32  # index files on their way at once
 # An order has lanes × window chunks in hand, 256 × 16 at its defaults, and every process that reads needs them all:
 # finding one in the index of its shard takes longer than decoding an image, keeping one 16 kB.
 KNOWN_CHUNKS = 8192
@@ -61,23 +64,26 @@ class Sample:
 class Corpus:
     """`Corpus.open(folder)`; `n` samples, named by their global ordinal 0 … n-1."""
 
-    path: Path
+    path: Path | str  # a URL as it was given
     manifest: Manifest
-    chunks: np.ndarray  # CHUNK_DTYPE, one row per chunk, memory-mapped
+    chunks: np.ndarray  # CHUNK_DTYPE, one row per chunk, memory-mapped where it lies or is kept on this machine
 
     @classmethod
     def open(cls, folder: str | Path) -> "Corpus":
-        """Raises UserError where there is no finished corpus."""
+        """The corpus at a path or any URL of fsspec. Raises UserError where there is no finished one."""
         corpus = cls()
-        corpus.path = Path(folder)
-        corpus.manifest = Manifest.load(corpus.path)
-        corpus._open_chunks()
-        if sha256_of(corpus.path / CHUNKS_NAME) != corpus.manifest.chunks_sha256:
-            raise _foreign_chunks(corpus.path)
-        missing = [s.tar for s in corpus.manifest.shards if not corpus._store.exists(s.tar)]
-        if missing:
+        corpus.path = str(folder) if is_url(folder) else Path(str(folder).removeprefix(FILE_SCHEME))
+        corpus._forget()
+        corpus.manifest = Manifest.load(folder, corpus._store)
+        corpus._open_chunks(check=True)
+        if missing := corpus._store.missing([s.tar for s in corpus.manifest.shards]):
             raise UserError(f"{folder} lacks {missing[0]} ({len(missing)} shards in all): restore it, or build again")
         return corpus
+
+    @property
+    def name(self) -> str:
+        """Its folder's, for titles."""
+        return str(self.path).rstrip("/").rpartition("/")[2]
 
     @property
     def id(self) -> str:
@@ -102,22 +108,35 @@ class Corpus:
         """
         if not 0 <= ordinal < self.n:
             raise IndexError(f"sample {ordinal} of a corpus of {self.n}")
-        if self._pid != os.getpid():  # forked: the parent's lock may be held by a thread that is not here
-            self._forget()
+        self._in_this_process()
         chunk = int(np.searchsorted(self.chunks["first"], ordinal, side="right")) - 1
         shard, at = self.manifest.shards[self.chunks["shard"][chunk]], ordinal - int(self.chunks["first"][chunk])
         extensions, found = self._known(chunk, shard)
         begin, end, data_offset, size, crc32c, extent_crc32c, label = found[at].tolist()
-        start = int(self.chunks["byte_start"][chunk])
-        run = start, start + int(self.chunks["byte_len"][chunk])
-        extent = self._store.span(shard.tar, begin, end, run=run, digest=shard.sha256)
+        run = self._run(chunk)
+        for again in (False, True, True):  # damaged in a cache; damaged on its way; and then it is the shard
+            extent = self._store.span(shard.tar, begin, end, run=run, digest=shard.sha256, again=again)
+            if sound := google_crc32c.value(extent) == extent_crc32c:
+                break
         data = extent[data_offset - begin :][:size]
-        if google_crc32c.value(extent) != extent_crc32c:
+        if not sound:
             damage = _damage(extent, end - begin, data if google_crc32c.value(data) != crc32c else None)
             raise tar.DamagedTar(
                 f"{self._store.locate(shard.tar)}: sample {key_of(ordinal)}: {damage.what}", begin + damage.offset
             )
         return Sample(ordinal, key_of(ordinal), data, extensions[at], None if label == UNLABELLED else label)
+
+    def prefetch(self, chunk: int) -> None:
+        """Brings a chunk that is far away into the cache of this machine, for a thread that runs ahead of the readers.
+
+        Raises as `sample` does.
+        """
+        self._in_this_process()
+        shard = self.manifest.shards[self.chunks["shard"][chunk]]
+        if is_url(self._store.locate(shard.tar)):
+            self._known(chunk, shard)
+            start, stop = self._run(chunk)
+            self._store.span(shard.tar, start, start, run=(start, stop), digest=shard.sha256)
 
     def whereabouts(self, ordinal: int) -> str:
         """Sample and shard, for messages."""
@@ -134,31 +153,58 @@ class Corpus:
         """The index, one row per sample, by ordinal. Raises UserError where a file of it is missing or damaged."""
         import pyarrow as pa
 
-        return pa.concat_tables(self._index(s, columns) for s in self.manifest.shards)
+        if not is_url(self.path):
+            return pa.concat_tables(self._index(s, columns) for s in self.manifest.shards)
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            return pa.concat_tables(pool.map(lambda s: self._index(s, columns), self.manifest.shards))
+
+    def too_large_for_cache(self, lanes: int, window: int) -> str | None:
+        """A sentence where the `lanes` that this machine reads, with `window` chunks open in each, keep more bytes in
+        use than the cache may hold; None where they fit, and where all shards lie on this machine."""
+        away = np.array([is_url(self._store.locate(s.tar)) for s in self.manifest.shards])
+        sizes = self.chunks["byte_len"][away[self.chunks["shard"]]]
+        if not len(sizes):
+            return None
+        return self._store.too_small_for(int(sizes.mean()) * min(lanes * window, len(sizes)))
 
     def _index(self, shard: Shard, columns: list[str] | None) -> "pa.Table":
         name = self._store.locate(shard.index)
         try:
-            file = self._store.read(shard.index)
+            with self._store.open(shard.index, shard.index_sha256) as opened:
+                file = opened.read()
         except OSError as e:
             raise UserError(f"{name} cannot be read ({e}): run `selfsight corpus verify`") from None
         if hashlib.sha256(file).hexdigest() != shard.index_sha256:
             raise foreign_index(name)
         return read_index(file, name, shard.count, columns)
 
-    def _open_chunks(self) -> None:
-        path = self.path / CHUNKS_NAME
+    def _open_chunks(self, *, check: bool) -> None:
+        digest, name = self.manifest.chunks_sha256, self._store.locate(CHUNKS_NAME)
         try:
-            self.chunks = np.lib.format.open_memmap(path, mode="r")
+            with self._store.open(CHUNKS_NAME, digest) as file:
+                foreign = check and hashlib.file_digest(file, "sha256").hexdigest() != digest
+                file.seek(0)
+                self.chunks = _mapped(file)
+        except UserError:
+            raise
         except (OSError, ValueError) as e:
-            raise UserError(f"{path} cannot be read ({e}): restore it, or build the corpus again") from None
-        if self.chunks.dtype != CHUNK_DTYPE or self.chunks.shape != (self.manifest.chunks,):
-            raise _foreign_chunks(self.path)
-        self._forget()
+            raise UserError(f"{name} cannot be read ({e}): restore it, or build the corpus again") from None
+        if foreign or self.chunks.dtype != CHUNK_DTYPE or self.chunks.shape != (self.manifest.chunks,):
+            raise UserError(f"{name} is not that of the manifest: restore it, or build the corpus again")
+
+    def _run(self, chunk: int) -> tuple[int, int]:
+        """The bytes of a chunk in its shard: [start, stop)."""
+        start = int(self.chunks["byte_start"][chunk])
+        return start, start + int(self.chunks["byte_len"][chunk])
+
+    def _in_this_process(self) -> None:
+        if self._pid != os.getpid():  # forked: the parent's locks may be held by threads that are not here
+            self._forget()
 
     def _forget(self) -> None:
         self._pid = os.getpid()
         self._lock = threading.Lock()
+        self._turns = [threading.Lock() for _ in range(REQUESTS)]
         self._store = open_store(self.path)
         self._indexed: OrderedDict[int, tuple[list[str], np.ndarray]] = OrderedDict()
         self._chunks_known: OrderedDict[int, tuple[list[str], np.ndarray]] = OrderedDict()
@@ -173,20 +219,31 @@ class Corpus:
             return [EXTENSIONS.get(name, "bin") for name in table["format"].to_pylist()], np.stack(columns, axis=1)
 
         def of_chunk() -> tuple[list[str], np.ndarray]:
-            extensions, found = _kept(self._indexed, shard.number, of_shard, INDEXED_SHARDS)
+            with self._turns[shard.number % REQUESTS]:  # one thread reads an index, others may read others
+                extensions, found = _kept(self._indexed, self._lock, shard.number, of_shard, INDEXED_SHARDS)
             row = self.chunks[chunk]
             rows = slice(int(row["first"]) - shard.first, int(row["first"]) - shard.first + int(row["n"]))
             return extensions[rows], found[rows].copy()
 
-        with self._lock:
-            return _kept(self._chunks_known, chunk, of_chunk, KNOWN_CHUNKS)
+        return _kept(self._chunks_known, self._lock, chunk, of_chunk, KNOWN_CHUNKS)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "manifest": self.manifest}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._open_chunks()
+        self._forget()
+        self._open_chunks(check=False)
+
+
+def _mapped(file: Opened) -> np.ndarray:
+    """The array of a .npy file of version 1.0, read only; mapped where the file lies on this machine."""
+    if not isinstance(file, FileIO):
+        return np.load(file, allow_pickle=False)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("another version of .npy")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    return np.memmap(file, dtype, "r", offset=file.tell(), shape=shape)
 
 
 def _damage(extent: bytes, length: int, broken: bytes | None) -> tar.DamagedTar:
@@ -203,16 +260,18 @@ def _damage(extent: bytes, length: int, broken: bytes | None) -> tar.DamagedTar:
     return tar.DamagedTar("a header, label or padding is not what was stored", 0)
 
 
-def _kept(cache: OrderedDict[int, Value], key: int, make: Callable[[], Value], most: int) -> Value:
-    """`make()`, remembered in `cache` until `most` others were asked for since."""
-    found = cache.get(key)
-    if found is None:
-        found = cache[key] = make()
+def _kept(
+    cache: OrderedDict[int, Value], lock: threading.Lock, key: int, make: Callable[[], Value], most: int
+) -> Value:
+    """`make()`, remembered in `cache` until `most` others were asked for since. It is made outside the lock."""
+    with lock:
+        if key in cache:
+            cache.move_to_end(key)
+            return cache[key]
+    made = make()
+    with lock:
+        cache[key] = made
+        cache.move_to_end(key)
         if len(cache) > most:
             cache.popitem(last=False)
-    cache.move_to_end(key)
-    return found
-
-
-def _foreign_chunks(folder: Path) -> UserError:
-    return UserError(f"{folder / CHUNKS_NAME} is not that of the manifest: restore it, or build the corpus again")
+    return made

@@ -4,12 +4,14 @@ means that the corpus is complete; its id is the Merkle root over the shards and
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_origin
 
 from selfsight.errors import UserError
 from selfsight.files import publish
+from selfsight.shards.store import Store, open_store
 
 NAME = "manifest.json"
 KIND = "selfsight-corpus"
@@ -62,17 +64,22 @@ class Manifest:
             f.write((json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n").encode())
 
     @staticmethod
-    def load(folder: Path) -> "Manifest":
-        """Raises UserError where there is no manifest, or one that contradicts itself."""
-        path = Path(folder) / NAME
+    def load(folder: str | Path, store: Store | None = None) -> "Manifest":
+        """Of the corpus at a path or URL. Raises UserError where there is none, or one that contradicts itself."""
+        store = store or open_store(folder)
+        path = store.locate(NAME)
         try:
-            raw = json.loads(path.read_bytes())
+            text = store.read(NAME)
         except (FileNotFoundError, NotADirectoryError):
-            if (Path(folder) / ".build").is_dir():
+            if os.path.isdir(store.locate(".build")):
                 raise UserError(
                     f"{folder} is an unfinished corpus: run the same `selfsight corpus build` again"
                 ) from None
             raise UserError(f"{folder} is no corpus (no {NAME}): make one with `selfsight corpus build`") from None
+        except OSError as e:
+            raise UserError(f"{path} cannot be read ({e.strerror}): mend that, or name another place") from None
+        try:
+            raw = json.loads(text)
         except (ValueError, RecursionError):
             raise _malformed(path, "not JSON") from None
         if not isinstance(raw, dict) or raw.get("kind") != KIND:
@@ -88,7 +95,7 @@ class Manifest:
         manifest._check(path)
         return manifest
 
-    def _check(self, path: Path) -> None:
+    def _check(self, path: str) -> None:
         for owner in (self, *self.shards):
             for f in fields(owner):
                 value = getattr(owner, f.name)
@@ -135,5 +142,5 @@ def merkle_root(shards: list[Shard]) -> str:
     return level[0].hex()
 
 
-def _malformed(path: Path, what: str) -> UserError:
+def _malformed(path: str, what: str) -> UserError:
     return UserError(f"{path} is malformed ({what}): restore it from a copy, or build the corpus again")

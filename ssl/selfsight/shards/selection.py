@@ -12,6 +12,7 @@ import numpy as np
 
 from selfsight.errors import UserError
 from selfsight.files import publish
+from selfsight.shards.store import is_url, open_store
 
 if TYPE_CHECKING:
     from selfsight.shards.corpus import Corpus
@@ -26,9 +27,9 @@ class Selection:
     digest: str  # SHA-256 over both, whatever the file that held them
 
 
-def selection_path(corpus: "Corpus", name: str) -> Path:
-    """selections/NAME.parquet of the corpus, or the file itself where `name` ends in .parquet."""
-    return Path(name) if name.endswith(".parquet") else Path(corpus.path) / FOLDER / f"{name}.parquet"
+def selection_path(corpus: "Corpus", name: str) -> str:
+    """Path or URL of selections/NAME.parquet of the corpus, or `name` itself where it ends in .parquet."""
+    return name if name.endswith(".parquet") else open_store(corpus.path).locate(f"{FOLDER}/{name}.parquet")
 
 
 def read_selection(corpus: "Corpus", name: str) -> Selection:
@@ -41,12 +42,11 @@ def read_selection(corpus: "Corpus", name: str) -> Selection:
 
     path = selection_path(corpus, name)
     try:
-        with open(path, "rb") as f:
-            file = pq.ParquetFile(f)
-            columns = [c for c in ("key", "repeat") if c in file.schema_arrow.names]
-            table = file.read(columns)
+        file = pq.ParquetFile(pa.BufferReader(open_store("").read(path)))
+        columns = [c for c in ("key", "repeat") if c in file.schema_arrow.names]
+        table = file.read(columns)
     except FileNotFoundError:
-        there = sorted(p.stem for p in path.parent.glob("*.parquet"))
+        there = [] if is_url(path) else sorted(p.stem for p in Path(path).parent.glob("*.parquet"))
         known = f"one of {', '.join(there)}" if there else "a Parquet file"
         raise UserError(f"there is no {path}: give {known}") from None
     except (OSError, pa.ArrowException) as e:
@@ -80,7 +80,10 @@ def write_selection(
     repeats: np.ndarray | None = None,
     reasons: list[str] | None = None,
 ) -> Path:
-    """Publishes selections/NAME.parquet: `ordinals` int (m,), `repeats` int (m,) or None for once each."""
+    """Publishes selections/NAME.parquet: `ordinals` int (m,), `repeats` int (m,) or None for once each.
+
+    Raises UserError where the corpus lies at a URL.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -93,6 +96,8 @@ def write_selection(
             "reason": pa.array([None] * len(ordinals) if reasons is None else reasons, pa.string()),
         }
     )
+    if is_url(corpus.path):
+        raise UserError(f"{corpus.path} is only read: write the selection to a copy in a folder of this machine")
     path = Path(corpus.path) / FOLDER / f"{name}.parquet"
     path.parent.mkdir(exist_ok=True)
     with publish(path) as f:
