@@ -50,6 +50,7 @@ class StreamConfig:
     lanes: int | None = None  # null = the largest divisor of the batch that the corpus fills, 256 at most
     window: int = 16  # chunks shuffled together in a lane
     workers: int | None = None  # decoding threads per rank; null = one per core that training leaves over
+    crops: str | None = None  # where they are made: cpu or device; null = on a GPU if there is one
     max_damaged: float = 0.001  # share of the images read that may be replaced before training stops
 
 

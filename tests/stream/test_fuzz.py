@@ -7,7 +7,7 @@ from PIL import Image
 
 from selfsight.corpus import build
 from selfsight.errors import UserError
-from selfsight.shards import Corpus, DamagedTar, decode_image
+from selfsight.shards import Corpus, DamagedTar
 from selfsight.stream.loader import StepLoader
 from selfsight.stream.mixture import Mixture, Part
 from selfsight.stream.quarantine import Quarantine
@@ -34,9 +34,7 @@ def epoch(corpus: Corpus) -> tuple[list[tuple[int, tuple[int, ...]]], set[int]]:
     quarantine = Quarantine()
     quarantine.add = lambda finding, read: found.append(finding)
     mixture = Mixture([Part(corpus)], batch_size=2, lanes=1, window=4, seed=0)
-    steps = StepLoader(
-        mixture, Views(WHOLE, seed=0, decode=decode_image), total_steps=2, workers=0, quarantine=quarantine
-    )
+    steps = StepLoader(mixture, Views(WHOLE, seed=0), total_steps=2, workers=0, quarantine=quarantine)
     shown = [
         (ordinal, tuple(crop[:, 3, 3].tolist()))
         for (batch,) in steps
@@ -110,7 +108,7 @@ def test_a_decompression_bomb_is_replaced(corpus, monkeypatch):
     monkeypatch.setattr(decode, "MAX_PIXELS", 60)
     quarantine = Quarantine()
     mixture = Mixture([Part(corpus)], batch_size=2, lanes=1, window=4, seed=0)
-    views = Views(WHOLE, seed=0, decode=decode_image)
+    views = Views(WHOLE, seed=0)
     with pytest.raises(UserError, match="more than 60 pixels"):
         list(StepLoader(mixture, views, total_steps=2, workers=0, quarantine=quarantine))
     assert len(quarantine) == 1

@@ -30,7 +30,7 @@ def corpus(tmp_path_factory):
 def loader(corpus, **more):
     lanes = auto_lanes(30, len(corpus.chunks))
     mixture = Mixture([Part(corpus)], batch_size=30, lanes=lanes, window=2, seed=0)
-    return StepLoader(mixture, Views(PLAIN, seed=0, decode=decode_image), **more)
+    return StepLoader(mixture, Views(PLAIN, seed=0), **more)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -222,8 +222,8 @@ def test_a_loss_that_is_not_finite_moves_nothing_and_ends_the_run_after_a_while(
 ):
     to_device = loop.to_device
 
-    def poisoned(batch, device):
-        batch = to_device(batch, device)
+    def poisoned(batch, device, spec):
+        batch = to_device(batch, device, spec)
         if next(step) > 2:
             batch["global"][:] = float("nan")
         return batch

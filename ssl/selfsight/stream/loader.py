@@ -9,9 +9,10 @@ copies from. A sample that cannot be had is replaced by another one of its windo
 import os
 import threading
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -20,10 +21,11 @@ from torch import Tensor
 from selfsight.errors import UserError
 from selfsight.machine import available_cores
 from selfsight.shards import Corpus
+from selfsight.stream.device import render
 from selfsight.stream.mixture import Mixture, Slots
 from selfsight.stream.quarantine import Finding, Quarantine
-from selfsight.stream.views import Views
-from selfsight.viewspec import MEAN, STD
+from selfsight.stream.views import CANVAS, Views
+from selfsight.viewspec import MEAN, STD, ViewSpec
 
 MAX_WORKERS = 16
 STAND_INS = 16  # tried for one sample
@@ -50,7 +52,8 @@ class StepLoader:
 
     Each step is a list of `accumulation` micro-batches: dicts of crops uint8 (count, b, 3, size, size), noise float32
     (b, length), "part" and "ordinal" int64 (b,), with b = batch_size / world_size / accumulation; pinned when CUDA is
-    there. "ordinal" is the sample that is shown, also where it stands in for another.
+    there. "ordinal" is the sample that is shown, also where it stands in for another. `staged` batches hold decoded
+    images and the parameters of their crops instead (`Views.staging_shapes`), for the device to make them.
 
     `workers` None means `auto_workers`; 0 works in this thread. `delivered` counts the samples handed out, by
     (part, epoch). Raises UserError when the batch does not divide, and when too many samples cannot be had.
@@ -68,6 +71,7 @@ class StepLoader:
         workers: int | None = None,
         accumulation: int = 1,
         quarantine: Quarantine | None = None,
+        staged: bool = False,
     ) -> None:
         if mixture.batch_size % (world_size * accumulation):
             raise UserError(
@@ -78,6 +82,7 @@ class StepLoader:
         self.workers = auto_workers(ranks_here) if workers is None else workers
         self.start_step, self.total_steps = start_step, total_steps
         self.mixture, self.views, self.accumulation = mixture, views, accumulation
+        self._shapes, self._write = (views.staging_shapes, views.stage) if staged else (views.shapes, views.into)
         self.quarantine = Quarantine() if quarantine is None else quarantine
         self.delivered: Counter[tuple[int, int]] = Counter()
         self._first = rank * (mixture.batch_size // world_size)
@@ -110,7 +115,7 @@ class StepLoader:
     def _begin(self, t: int, pool: ThreadPoolExecutor | None) -> _Step:
         with self._lock:
             slots = self.mixture.step(t, self._first, self._first + self._share)
-        shapes = self.views.shapes(self._share // self.accumulation)
+        shapes = self._shapes(self._share // self.accumulation)
         tensors = {
             name: torch.empty(
                 (self.accumulation, *shape), dtype=_TORCH[np.dtype(kind)], pin_memory=torch.cuda.is_available()
@@ -140,7 +145,7 @@ class StepLoader:
                 image, ordinal, visit = self._stand_in(step, place, corpus, why)
                 slots.ordinal[place] = ordinal
             part, i = divmod(place, b)
-            self.views.into(image, ordinal, visit, {name: array[part] for name, array in arrays.items()}, i)
+            self._write(image, ordinal, visit, {name: array[part] for name, array in arrays.items()}, i)
 
     def _image(self, corpus: Corpus, ordinal: int) -> np.ndarray:
         return self.views.decode(corpus.sample(ordinal).data)
@@ -182,17 +187,31 @@ class StepLoader:
         return [{name: tensor[part] for name, tensor in tensors.items()} for part in range(self.accumulation)]
 
 
-_TORCH = {np.dtype(np.uint8): torch.uint8, np.dtype(np.float32): torch.float32}
+_TORCH = {
+    np.dtype(np.uint8): torch.uint8,
+    np.dtype(np.int32): torch.int32,
+    np.dtype(np.float32): torch.float32,
+}
+
+
+@cache
+def _compiled() -> Callable[..., dict[str, Tensor]]:
+    return torch.compile(render)
 
 
 def to_device(
     batch: dict[str, Tensor],
     device: torch.device | str,
+    spec: ViewSpec,
     mean: tuple[float, ...] = MEAN,
     std: tuple[float, ...] = STD,
 ) -> dict[str, Tensor]:
-    """Moves a batch to the device without waiting for it; crops become float32, (pixel / 255 − mean) / std."""
+    """Moves a batch to the device without waiting for it; crops become float32, (pixel / 255 − mean) / std. Those of a
+    staged batch are made there."""
     moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    if CANVAS in moved:
+        made = (_compiled() if moved[CANVAS].is_cuda else render)(spec, moved, mean, std)
+        return {name: moved[name] for name in ("part", "ordinal")} | made
     for name, tensor in moved.items():
         if tensor.dtype == torch.uint8:
             crops = moved[name] = tensor.to(torch.float32).div_(255)

@@ -50,6 +50,8 @@ def check(recipe: Recipe) -> None:
     for key, low in LEAST.items():
         if (value := _get(recipe, key)) is not None:
             check_range(key, value, low)
+    if recipe.stream.crops not in (None, "cpu", "device"):
+        raise UserError(f"stream.crops is {recipe.stream.crops!r}: choose cpu or device, or leave it null")
     check_range("stream.max_damaged", recipe.stream.max_damaged, 0, 1)
     check_range("seed", recipe.seed, 0, 2**63 - 1)
 
@@ -69,6 +71,9 @@ def settle(recipe: Recipe, *, chunks: int | None = None, ranks_here: int = 1) ->
     if recipe.stream.workers is None:
         workers = auto_workers(ranks_here)
         recipe.set("stream.workers", workers, f"{ranks_here} rank(s) here, one core each left to training")
+    if recipe.stream.crops is None:
+        cuda = torch.cuda.is_available()
+        recipe.set("stream.crops", "device" if cuda else "cpu", "where training runs" if cuda else "no GPU")
     if recipe.stream.lanes is None and chunks is not None:
         lanes = auto_lanes(recipe.batch_size, chunks)
         recipe.set("stream.lanes", lanes, f"batches of {recipe.batch_size} from {chunks} chunks")

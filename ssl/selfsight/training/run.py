@@ -24,7 +24,6 @@ from selfsight.errors import UserError
 from selfsight.files import publish
 from selfsight.objectives import Objective, Progress
 from selfsight.recipe import Recipe
-from selfsight.shards.decode import decode_image
 from selfsight.stream.loader import StepLoader, to_device
 from selfsight.stream.mixture import Mixture
 from selfsight.stream.quarantine import Quarantine
@@ -115,13 +114,14 @@ class _Run:
         recipe, rank = self.recipe, self.cluster.rank
         return StepLoader(
             self.mixture,
-            Views(self.objective.views(), seed=recipe.seed, decode=decode_image),
+            Views(self.objective.views(), seed=recipe.seed),
             rank=rank,
             world_size=self.cluster.world_size,
             start_step=self.start,
             total_steps=self.total_steps,
             workers=recipe.stream.workers,
             accumulation=recipe.training.accumulation,
+            staged=recipe.stream.crops == "device",
             quarantine=Quarantine(self.path / "quarantine" / f"{rank:05d}.jsonl", limit=recipe.stream.max_damaged),
         )
 
@@ -205,7 +205,7 @@ class _Run:
                 done = step + 1
                 torch.manual_seed(step_seed(recipe.seed, step, self.cluster.rank))
                 result = engine.step(
-                    [to_device(batch, self.cluster.device) for batch in batches],
+                    [to_device(batch, self.cluster.device, self.loader.views.spec) for batch in batches],
                     Progress(step, self.steps_per_epoch, self.total_steps),
                     asked_to_stop=interrupts.asked_to_stop,
                 )

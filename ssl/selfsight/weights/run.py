@@ -14,7 +14,14 @@ STATE_SCHEMA = 1
 # Keys of a recipe that change nothing about what is learnt: they may differ when a run goes on.
 FREE = (
     *("corpus", "selection", "mixture", "output"),  # what they hold is in the corpus id
-    *("stream.workers", "stream.max_damaged", "training.log_every", "training.checkpoint_every", "training.keep"),
+    *(
+        "stream.workers",
+        "stream.crops",
+        "stream.max_damaged",
+        "training.log_every",
+        "training.checkpoint_every",
+        "training.keep",
+    ),
 )
 
 
