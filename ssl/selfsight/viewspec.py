@@ -1,7 +1,8 @@
 """What an objective wants to see of an image, as data. Where the work runs (process, thread, GPU) is not its business.
 
 An objective returns a `ViewSpec`; `selfsight.stream.views` turns an image into it. A batch is then a dict of tensors
-with one entry per spec name: a crop is uint8 of shape (count, B, 3, size, size), a noise float32 of shape (B, length).
+with one entry per spec name: a crop is uint8 of shape (count, B, 3, size, size), or normalised and of a float type
+where an accelerator made it; a noise is float32 of shape (B, length).
 """
 
 from dataclasses import dataclass

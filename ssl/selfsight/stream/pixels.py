@@ -42,7 +42,7 @@ def render(image, params, taps, out, at) -> None:
     """Writes the crops of an image to place `at` of a batch of them.
 
     `image` uint8 (H, W, 3), `params` float32 (count, COLUMNS), `taps` of the blur, `out` uint8 (count, B, 3, size,
-    size). A box must lie inside the image.
+    size), all contiguous. A box must lie inside the image.
     """
     size = out.shape[-1]
     planes = np.empty((3, size * size), np.float32)
@@ -56,9 +56,9 @@ def render(image, params, taps, out, at) -> None:
             _to_gray(planes)
             channels = 1
         if row[SIGMA] > 0:
-            kernel, radius = _gaussian(row[SIGMA], taps)
+            kernel, reach = _gaussian(row[SIGMA], taps)
             for c in range(channels):
-                _blur(planes[c].reshape(size, size), scratch.reshape(size, size), kernel, radius)
+                _blur(planes[c].reshape(size, size), scratch.reshape(size, size), kernel, reach)
         for c in range(3):
             _to_bytes(planes[min(c, channels - 1)], row[SOLARIZE] > 0, out[crop, at, c].reshape(-1))
 
@@ -291,9 +291,9 @@ def _to_gray(planes) -> None:
 
 @compiled
 def _gaussian(sigma, taps):
-    """(weights float32 at distances 0, 1, 2, …, the radius that matters, rounded up to an odd number for `_blur`)."""
+    """(weights float32 at distances 0, 1, 2, …, the distance of the last that matters)."""
     radius = taps // 2
-    kernel = np.zeros(radius + 3, np.float32)
+    kernel = np.empty(radius + 1, np.float32)
     total = 0.0
     for d in range(radius + 1):
         w = math.exp(-0.5 * (d / sigma) ** 2)

@@ -24,11 +24,11 @@ class Views:
     """Makes the views of a spec: `decode` the bytes of an image, then `into` (or `stage`).
 
     `canvas` bounds the longer side of what `decode` returns. By default it is just large enough that a 4:3 image has no
-    crop of mean aspect enlarged which the file could have filled. `read` turns the bytes of a file into 8-bit RGB
-    pixels (H, W, 3), or raises ValueError.
+    crop of mean aspect enlarged which the file could have filled. A `decode` of one's own turns the bytes of a file
+    into an 8-bit RGB image, or raises ValueError; what it returns is shrunk to the canvas, too.
 
-    All methods may be called by many threads at once. Raises ValueError for a spec that contradicts itself: that is a
-    mistake in an objective.
+    All methods may be called by many threads at once; the first call ever on a machine compiles for some seconds.
+    Raises ValueError for a spec that contradicts itself: that is a mistake in an objective.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Views:
         return crops | self._noise_shapes(batch)
 
     def into(self, image: np.ndarray, ordinal: int, visit: int, out: dict[str, np.ndarray], i: int) -> None:
-        """Writes the views of pixels (H, W, 3) to place `i` of arrays of these `shapes`."""
+        """Writes the views of pixels (H, W, 3) to place `i` of contiguous arrays of these `shapes`."""
         image = _plain(image)
         for spec in self.spec.crops:
             rows = np.empty((spec.count, draw.COLUMNS), np.float32)
