@@ -1,7 +1,8 @@
-"""Image files → a verified corpus: `build` from folders, archives, tables; `verify` every byte; `stats` of it all."""
+"""Image files → a verified corpus: `build` from folders, archives, tables, or `adopt` shards; `verify` bytes; `stats`."""
 
+from selfsight.corpus.adopt import adopt
 from selfsight.corpus.audit import Fault, verify
 from selfsight.corpus.ingest import BuildReport, build
 from selfsight.corpus.summary import stats
 
-__all__ = ["BuildReport", "Fault", "build", "stats", "verify"]
+__all__ = ["BuildReport", "Fault", "adopt", "build", "stats", "verify"]
