@@ -1,4 +1,4 @@
-"""`selfsight corpus build | adopt | verify | stats | index`: images become a corpus, are proven to be one, are counted."""
+"""`selfsight corpus build | adopt | verify | stats | index`: images become a corpus, proven to be one, and are counted."""
 
 import argparse
 import json

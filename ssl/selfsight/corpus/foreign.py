@@ -125,7 +125,7 @@ class Group:
     begin: int
     extensions: set[bytes] = field(default_factory=set)
     extents: list[tuple[int, int, int]] = field(default_factory=list)  # begin, end, CRC-32C
-    beside_damage: bool = False
+    whole: bool = True
 
 
 def split_name(name: bytes) -> tuple[bytes, bytes] | None:
@@ -148,12 +148,14 @@ def walk(
     """The samples of a shard, each when all of it was seen.
 
     `look` sees every member (name, normalised) while its bytes can be read, and says whether it is an image wanted.
-    `go_on` is told of damage: where it says so, the walk goes on at the next sound header, and the groups on both sides
-    are marked, because a member of theirs may be what is missing. Raises DamagedTar where it does not.
+    `go_on` is told of damage: where it says so, the walk goes on at the next sound header. What was lost may have been
+    a member of the group before or behind, so these are marked as not whole, except where they have the extensions of
+    the whole group before them. Raises DamagedTar where it does not.
     """
     offset: int | None = 0
     group: Group | None = None
-    after_damage, wanted = False, 0
+    behind_damage, wanted = False, 0
+    usual: set[bytes] | None = None  # extensions of a whole group
 
     def cut(end: int) -> None:
         """Ends the extent in hand, if there is an image in it."""
@@ -162,6 +164,14 @@ def walk(
         if wanted:
             begin = group.extents[-1][1] if group.extents else group.begin
             group.extents.append((begin, end, shard.crc32c()))
+
+    def ended(end: int, beside_damage: bool) -> Group:
+        nonlocal usual
+        assert group is not None
+        cut(end)
+        group.whole = not beside_damage or group.extensions == usual
+        usual = group.extensions if group.whole else usual
+        return group
 
     while offset is not None:
         try:
@@ -174,12 +184,11 @@ def walk(
                 # A second file of the same name begins a second sample under the same key.
                 if group is None or key != group.key or extension in group.extensions:
                     if group is not None:
-                        cut(member.header_offset)
-                        yield group
+                        yield ended(member.header_offset, behind_damage)
+                        behind_damage = False
                     shard.pass_to(member.header_offset)
                     shard.crc32c()
-                    group = Group(key, member.header_offset, beside_damage=after_damage)
-                    after_damage, wanted = False, 0
+                    group, wanted = Group(key, member.header_offset), 0
                 group.extensions.add(extension)
                 if look(name, member):
                     if wanted:
@@ -191,13 +200,11 @@ def walk(
             if not go_on(damage):
                 raise
             if group is not None:
-                group.beside_damage = True
-                yield group
-            group, after_damage = None, True
+                yield ended(damage.offset, True)
+            group, behind_damage = None, True
             offset = _next_header(shard, damage.offset + tar.BLOCK)
     if group is not None:
-        cut(shard.length)
-        yield group
+        yield ended(shard.length, behind_damage)
 
 
 def _members(shard: ShardBytes, begin: int) -> Iterator[tuple[bytes, tar.Member]]:

@@ -84,11 +84,10 @@ def write_energon(folder: str | Path) -> str:
         f.write(json.dumps({"shard_counts": {s.tar: s.count for s in corpus.manifest.shards}}, indent=2).encode())
     with publish(meta / "index.uuid") as f:
         f.write(str(uuid.UUID(corpus.id[:32])).encode())
+    every = shards[0] if len(shards) == 1 else f"shards/{{000000..{len(shards) - 1:06d}}}.tar"
     labelled = corpus.classes is not None
     texts = {
-        "split.yaml": "split_parts:\n  train:\n"
-        + "".join(f"  - {name}\n" for name in shards)
-        + "  val: []\n  test: []\n",
+        "split.yaml": f"split_parts:\n  train:\n  - {every}\n  val: []\n  test: []\nexclude: []\n",
         "dataset.yaml": (
             "sample_type:\n  __module__: megatron.energon\n"
             f"  __class__: {'ImageClassificationSample' if labelled else 'ImageSample'}\n"

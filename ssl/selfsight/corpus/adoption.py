@@ -41,7 +41,7 @@ from selfsight.shards.write import chunk_rows
 INLINE_BYTES = 64 << 20  # below this, starting processes takes longer than the work
 EXTENTS = "extents"  # folder of the working state: one array per shard
 NO_IMAGE = "a sample without an image"
-BESIDE_DAMAGE = "beside damage in its shard: it may not be whole"
+NOT_WHOLE = "beside damage in its shard, and not whole"
 OTHER = "not an image"  # what the scan says of labels, captions and the like
 
 
@@ -147,8 +147,8 @@ def read_shard(task: ReadTask) -> tuple[Scan, dict[str, Any]]:
             images, rejected, skipped, tag = look.taken()
             scan.rejected += rejected
             scan.skipped += skipped
-            if group.beside_damage:
-                scan.rejected += [(i.name, BESIDE_DAMAGE) for i in images] or [(group.key, BESIDE_DAMAGE)]
+            if not group.whole:
+                scan.rejected += [(i.name, NOT_WHOLE) for i in images] or [(group.key, NOT_WHOLE)]
                 continue
             if not images and not rejected and not skipped:
                 scan.skipped.append((group.key, NO_IMAGE))
