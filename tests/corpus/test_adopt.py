@@ -1,4 +1,4 @@
-"""Shards that others wrote, read where they lie: whoever wrote them, every sample is theirs to the byte, and checked."""
+"""Shards of others, read where they lie: whoever wrote them, every sample is theirs to the byte, and is checked."""
 
 import gzip
 import hashlib
@@ -246,7 +246,7 @@ def test_a_cut_shard_loses_its_last_sample_only(shards, tmp_path, make_picture):
     with tarfile.open(shard) as archive:
         at = {m.name: m.offset_data for m in archive}
     shard.write_bytes(shard.read_bytes()[: at["x0022.png"] + 100])
-    with pytest.raises(UserError, match="the file ends inside a member .*--skip-damaged"):
+    with pytest.raises(UserError, match=r"the file ends inside a member .*--skip-damaged"):
         adopted(shards, tmp_path / "out")
     corpus = adopted(shards, tmp_path / "out", skip_damaged=True)
     assert [corpus.sample(i).data for i in range(corpus.n)] == [make_picture(i) for i in range(N - 1)]
@@ -296,7 +296,7 @@ def test_shards_on_another_file_system(shards, tmp_path):
             assert verify(out, workers=1) == []
         memory.pipe("/bucket/000001.tar", memory.cat("/bucket/000001.tar")[::-1])
         assert any("memory://" in f.file and "000001.tar" in f.file for f in verify(out, workers=1))
-        with pytest.raises(UserError, match="memory://bucket/9.tar cannot be read"):
+        with pytest.raises(UserError, match=r"memory://bucket/9\.tar cannot be read"):
             adopt(["memory://bucket/9.tar"], tmp_path / "none")
         with pytest.raises(UserError, match="matches nothing"):
             adopt(["memory://elsewhere/*.tar"], tmp_path / "none")
