@@ -1,4 +1,4 @@
-"""`selfsight corpus build | adopt | verify | stats | index`: images become a corpus, proven to be one, and are counted."""
+"""`selfsight corpus build | adopt | verify | stats | index`: images become a corpus, proven to be one and counted."""
 
 import argparse
 import json

@@ -102,7 +102,7 @@ def write_energon(folder: str | Path) -> str:
 
 
 def dali_index(rows: list[dict[str, Any]]) -> bytes:
-    """wds2idx's text: the version and the count, then of each sample the extension, offset, bytes, name of its files."""
+    """wds2idx's text: version and count, then a line per sample: extension, offset, bytes and name of each file."""
     lines = [f"{DALI_VERSION} {len(rows)}"]
     for row in rows:
         files = (f"{part} {offset} {size} {row['key']}.{part}" for part, offset, size in _parts(row))
