@@ -284,7 +284,10 @@ def _file_system(url: str):
 
 
 def _unreadable(url: str, error: Exception) -> UserError:
-    what = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
+    words = str(getattr(error, "strerror", None) or error)
+    if isinstance(error, FileNotFoundError):  # of which some file systems say the name only
+        words = "there is no such file"
+    what = " ".join(words.split()) or type(error).__name__
     return UserError(f"{url} cannot be read ({what}): mend that, then run the same command again")
 
 
