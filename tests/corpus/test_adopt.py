@@ -18,7 +18,8 @@ from selfsight.corpus import adopt, build, stats, verify
 from selfsight.errors import UserError
 from selfsight.shards import Corpus, DamagedTar, decode_image
 from selfsight.stream.loader import StepLoader
-from selfsight.stream.order import Order, auto_lanes
+from selfsight.stream.mixture import Mixture, Part
+from selfsight.stream.order import auto_lanes
 from selfsight.stream.views import Views
 from selfsight.viewspec import CropSpec, ViewSpec
 
@@ -342,8 +343,8 @@ def test_what_is_no_shard_is_refused_in_a_sentence(folder, tmp_path, make_pictur
 def test_an_adopted_corpus_feeds_a_run(shards, tmp_path):
     corpus = adopted(shards, tmp_path / "out")
     spec = ViewSpec((CropSpec("crop", 1, 8, (1.0, 1.0), ratio=(1.5, 1.5), flip=0.0),))
-    order = Order(corpus.chunks["n"], batch_size=N, lanes=auto_lanes(N, len(corpus.chunks)), window=2, seed=0)
-    (batch,) = next(iter(StepLoader(corpus, order, Views(spec, seed=0, decode=decode_image), total_steps=1, workers=0)))
+    mixture = Mixture([Part(corpus)], batch_size=N, lanes=auto_lanes(N, len(corpus.chunks)), window=2, seed=0)
+    (batch,) = next(iter(StepLoader(mixture, Views(spec, seed=0, decode=decode_image), total_steps=1, workers=0)))
     assert sorted(batch["ordinal"].tolist()) == list(range(N))
     for ordinal, crop in zip(batch["ordinal"].tolist(), batch["crop"][0].numpy(), strict=True):
         want = decode_image(corpus.sample(ordinal).data).resize((8, 8), 3)

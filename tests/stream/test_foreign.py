@@ -68,6 +68,7 @@ def test_batches_are_those_of_a_step_loader_and_it_is_said_what_they_are_not(sha
         "global": ((2, 4, 3, 16, 16), torch.uint8),
         "local": ((3, 4, 3, 8, 8), torch.uint8),
         "mask": ((4, 4), torch.float32),
+        "part": ((4,), torch.int64),
         "ordinal": ((4,), torch.int64),
     }
     assert set(steps[0][0]["ordinal"].tolist()) == {-1}
@@ -84,15 +85,15 @@ def test_one_process_sees_every_image_once_an_epoch_in_an_order_of_each_epochs_o
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_same_seed_gives_the_same_steps_and_another_start_another_order(shards, workers):
+def test_the_same_seed_gives_the_same_steps_whoever_decodes_and_another_start_another_order(shards, workers):
     steps = list(loader(shards, workers=workers, seed=3))
-    assert same(list(loader(shards, workers=workers, seed=3)), steps)
+    assert same(list(loader(shards, workers=0, seed=3)), steps)
     assert not same(list(loader(shards, workers=workers, seed=4)), steps)
     assert not same(list(loader(shards, workers=workers, seed=3, start_step=2)), steps[2:])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_processes_and_workers_share_out_the_shards(shards, workers):
+def test_processes_share_out_the_shards(shards, workers):
     ranks = [colours(loader(shards, PLAIN, rank=r, world_size=2, workers=workers, total_steps=6)) for r in range(2)]
     assert not set(ranks[0]) & set(ranks[1])
     assert set(ranks[0]) | set(ranks[1]) == set(range(40))
@@ -123,8 +124,8 @@ def test_the_random_state_of_the_trainer_is_left_alone(shards):
 def test_what_cannot_be_streamed_ends_in_a_sentence(shards, tmp_path):
     with pytest.raises(UserError, match="8 is no multiple of 3 processes"):
         loader(shards, world_size=3)
-    with pytest.raises(UserError, match="4 shards are too few for 2 processes × 3 workers"):
-        loader(shards, world_size=2, workers=3)
+    with pytest.raises(UserError, match="4 shards are too few for 8 processes"):
+        loader(shards, world_size=8)
     with pytest.raises(UserError, match=r"webdataset cannot read the shards .*no\.tar"):
         list(loader(str(tmp_path / "no.tar")))
     pack(tmp_path / "text.tar", [("a.txt", b"a")])
