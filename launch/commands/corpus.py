@@ -1,16 +1,20 @@
-"""`selfsight corpus build | verify | stats`: image files become a corpus, are proven to be one, and are counted."""
+"""`selfsight corpus build | adopt | verify | stats | index`: images become a corpus, proven to be one and counted."""
 
 import argparse
 import json
 import sys
+from typing import TYPE_CHECKING
 
 from selfsight.errors import UserError
+
+if TYPE_CHECKING:
+    from selfsight.corpus import BuildReport
 
 UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 
 def add(subparsers) -> None:
-    corpus = subparsers.add_parser("corpus", help="build, verify and describe a corpus of images")
+    corpus = subparsers.add_parser("corpus", help="build or adopt, verify and describe a corpus of images")
     verbs = corpus.add_subparsers(metavar="VERB", required=True)
 
     build = verbs.add_parser("build", help="folders, archives or tables of images → verified shards")
@@ -26,6 +30,25 @@ def add(subparsers) -> None:
     build.add_argument("--seed", type=int, default=0, help="of the shuffle (default 0)")
     build.add_argument("--json", action="store_true", help="one JSON object on stdout")
     build.set_defaults(run=run_build)
+
+    adopt = verbs.add_parser("adopt", help="index foreign WebDataset shards where they lie, without rewriting a byte")
+    adopt.add_argument(
+        "urls", nargs="+", metavar="URL", help="shards: paths or fsspec URLs, with {000000..000123}, * and ?"
+    )
+    adopt.add_argument("--out", required=True, metavar="DIR", help="the corpus to write: index and manifest, no shards")
+    adopt.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    adopt.add_argument(
+        "--skip-damaged", action="store_true", help="take what is sound of damaged shards and list the rest"
+    )
+    adopt.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    adopt.set_defaults(run=run_adopt)
+
+    index = verbs.add_parser("index", help="write the indexes that other loaders expect beside the shards")
+    index.add_argument("corpus", metavar="DIR")
+    index.add_argument(
+        "--for", dest="reader", choices=["energon", "dali"], help="Megatron-Energon or DALI (default: both)"
+    )
+    index.set_defaults(run=run_index)
 
     verify = verbs.add_parser("verify", help="re-read every byte; exit 1 with every fault named")
     verify.add_argument("corpus", metavar="DIR")
@@ -49,7 +72,28 @@ def run_build(args: argparse.Namespace) -> int:
         seed=args.seed,
         hash_range=parse_range(args.hash_range),
     )
-    if args.json:
+    return show(report, args.json)
+
+
+def run_adopt(args: argparse.Namespace) -> int:
+    from selfsight.corpus import adopt
+
+    report = adopt(args.urls, args.out, workers=args.workers, skip_damaged=args.skip_damaged)
+    return show(report, args.json)
+
+
+def run_index(args: argparse.Namespace) -> int:
+    from selfsight.shards.interop import write_dali, write_energon
+
+    writers = {"dali": write_dali, "energon": write_energon}
+    for name in [args.reader] if args.reader else writers:
+        print(f"{name}: {writers[name](args.corpus)}")
+    return 0
+
+
+def show(report: "BuildReport", as_json: bool) -> int:
+    """Prints what a build or an adoption has made."""
+    if as_json:
         print(json.dumps(report.to_json()))
         return 0
     counts = report.counts

@@ -14,6 +14,7 @@ import google_crc32c
 import numpy as np
 
 from selfsight.console import progress
+from selfsight.corpus.foreign import ShardBytes, opened
 from selfsight.corpus.pool import each
 from selfsight.errors import UserError
 from selfsight.files import sha256_of
@@ -22,6 +23,7 @@ from selfsight.shards import tar
 from selfsight.shards.corpus import CHUNK_DTYPE, CHUNKS_NAME, LABEL_EXTENSION, REJECTED_NAME, key_of
 from selfsight.shards.decode import EXTENSIONS
 from selfsight.shards.index import read_index, schema
+from selfsight.shards.interop import DALI_SUFFIX, ENERGON_SUFFIX, beside, stray
 from selfsight.shards.manifest import NAME as MANIFEST_NAME
 from selfsight.shards.manifest import Manifest, Shard
 
@@ -55,6 +57,7 @@ def verify(folder: str | Path, *, workers: int | None = None) -> list[Fault]:
     if _digest(root / REJECTED_NAME) != manifest.rejected_sha256:
         faults.append(Fault(REJECTED_NAME, ALTERED))
     known = {s.tar for s in manifest.shards} | {s.index for s in manifest.shards}
+    known |= {beside(s, suffix) for s in manifest.shards for suffix in (DALI_SUFFIX, ENERGON_SUFFIX)}
     for path in sorted((*root.glob("shards/*"), *root.glob("index/*"))):
         if (name := path.relative_to(root).as_posix()) not in known:
             faults.append(Fault(name, "is not in the manifest"))
@@ -82,7 +85,10 @@ def verify_shard(task: ShardTask) -> tuple[Shard, list[Fault], int]:
     """One shard with its index: (shard, faults, image bytes that the index counts)."""
     faults: list[Fault] = []
     rows = _index(task.root, task.shard, faults)
-    faults += [Fault(task.shard.tar, what) for what in _tar_faults(task, rows)]
+    in_tar = _tar_faults(task, rows) if task.shard.url is None else _adopted_faults(task, rows)
+    faults += [Fault(task.shard.tar, what) for what in in_tar]
+    if rows and task.shard.url is None:
+        faults += [Fault(name, "is not the index of its shard") for name in stray(task.root, task.shard, rows)]
     return task.shard, faults, sum(r["size"] for r in rows or ())
 
 
@@ -157,7 +163,48 @@ def _tar_faults(task: ShardTask, rows: list[dict[str, Any]] | None) -> Iterator[
         if data[end:] != tar.END:
             yield f"does not end with two empty blocks at byte {end}"
         if task.chunks is not None:
-            yield from _chunk_faults(task.chunks, starts, shard)
+            yield from _chunk_faults(task.chunks, starts, shard, shard.bytes)
+
+
+def _adopted_faults(task: ShardTask, rows: list[dict[str, Any]] | None) -> Iterator[str]:
+    """A shard that somebody else wrote need not look like ours; every sample must be as it was adopted."""
+    shard = task.shard
+    borders = [border for row in rows or () for border in (row["member_offset"], row["end"])]
+    if borders != sorted(borders) or any(border > shard.bytes for border in borders):
+        yield "its index does not say where its samples lie"
+        rows = None
+    try:
+        with opened(shard.tar, shard.bytes) as data:
+            for row in rows or ():
+                yield from _adopted_sample_faults(data, row)
+            if data.finish() != shard.sha256:
+                yield "its SHA-256 is not that of the manifest"
+    except UserError as e:
+        yield str(e).removeprefix(f"{shard.tar} ")
+        return
+    for row in rows or ():
+        label = row["label"]
+        if (label is None) != (task.n_classes is None) or (label is not None and not 0 <= label < task.n_classes):
+            yield f"sample {row['key']} ({row['source']}): label {label} is none of the corpus"
+    if task.chunks is not None and rows:
+        yield from _chunk_faults(task.chunks, [r["member_offset"] for r in rows], shard, rows[-1]["end"])
+
+
+def _adopted_sample_faults(data: ShardBytes, row: dict[str, Any]) -> Iterator[str]:
+    begin, end, name = row["member_offset"], row["end"], f"sample {row['key']} ({row['source']})"
+    data.pass_to(begin)
+    extent = data.read(begin, end - begin)
+    if google_crc32c.value(extent) == row["extent_crc32c"]:
+        image = extent[row["data_offset"] - begin :][: row["size"]]
+        if (google_crc32c.value(image), hashlib.sha256(image).digest()) != (row["crc32c"], row["sha256"]):
+            yield f"{name}: crc32c, sha256 not as in the index"
+        return
+    try:
+        for _ in tar.members(lambda offset, size: extent[offset : offset + size], end - begin):
+            pass
+        yield f"{name}: not as it was adopted"
+    except tar.DamagedTar as e:
+        yield f"{name}: {tar.DamagedTar(e.what, begin + e.offset)}"
 
 
 def _sample_faults(
@@ -221,13 +268,13 @@ def _extent_faults(data: mmap.mmap, rows: list[dict[str, Any]], starts: list[int
             yield f"sample {row['key']} ({row['source']}): end, extent_crc32c not as in the index"
 
 
-def _chunk_faults(chunks: np.ndarray, starts: list[int], shard: Shard) -> Iterator[str]:
+def _chunk_faults(chunks: np.ndarray, starts: list[int], shard: Shard, end: int) -> Iterator[str]:
     at = chunks["first"].astype(np.int64) - shard.first
     if len(at) == 0 or at.min() < 0 or at.max() >= shard.count:
         yield f"{CHUNKS_NAME} does not point into it"
         return
     begins = np.array([starts[i] for i in at])
-    lengths = np.append(begins[1:], shard.bytes) - begins
+    lengths = np.append(begins[1:], end) - begins
     if (begins != chunks["byte_start"]).any() or (lengths != chunks["byte_len"]).any():
         yield f"{CHUNKS_NAME} does not say where its samples lie"
 
