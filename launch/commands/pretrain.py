@@ -69,10 +69,10 @@ def _first() -> bool:
 
 def _print(recipe) -> int:
     from selfsight.training import resolve
-    from selfsight.training.feed import open_parts
+    from selfsight.training.feed import names_images, open_feed
 
     resolve.check(recipe)
-    chunks = min(part.chunks for part in open_parts(recipe)) if recipe.corpus or recipe.mixture else None
+    chunks = open_feed(recipe).chunks if names_images(recipe) else None
     resolve.settle(recipe, chunks=chunks)
     print(recipe.to_yaml(), end="")
     return 0

@@ -65,6 +65,14 @@ class PartConfig:
 
 
 @dataclass
+class UnindexedConfig:
+    """Foreign WebDataset shards, read through the webdataset library: for a try before `selfsight corpus adopt`."""
+
+    shards: list[str] = field(default_factory=list)  # URLs, with {000000..000123}
+    images: int | None = None  # how many an epoch counts; needed with shards
+
+
+@dataclass
 class TrainingConfig:
     zero: int = 1  # DeepSpeed ZeRO stage: 0 or 1
     precision: str | None = None  # fp32, or bf16 autocast over fp32 weights; null = bf16 on a GPU that has it
@@ -79,6 +87,7 @@ class Recipe:
     corpus: str | None = None  # folder or URL of what `selfsight corpus build` made; training needs it, or a mixture
     selection: str | None = None  # name of one of its selections, or a Parquet file; null = all images once
     mixture: list[PartConfig] = field(default_factory=list)  # several corpora, instead of `corpus` and `selection`
+    unindexed: UnindexedConfig = field(default_factory=UnindexedConfig)  # shards without an index, instead of both
     output: str | None = None  # run folder; training needs it
     seed: int = 0
     batch_size: int = 256  # global: over all ranks and micro-batches

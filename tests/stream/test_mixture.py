@@ -7,7 +7,7 @@ import pytest
 
 from selfsight.errors import UserError
 from selfsight.shards.selection import Selection
-from selfsight.stream.mixture import ALONE, STAND_IN, Mixture, Part
+from selfsight.stream.mixture import ALONE, STAND_IN, Mixture, Part, identity
 from selfsight.stream.order import Order
 
 BATCH, LANES = 24, 4
@@ -96,7 +96,7 @@ def test_a_selection_is_a_view(images):
 def test_the_id_names_what_is_shown(images, three):
     one = Part(images())
     ids = {
-        mixture(parts).id
+        identity(parts)
         for parts in (
             [one],
             [Part(images(), selection(range(80), [1] * 79 + [2]))],
@@ -106,7 +106,7 @@ def test_the_id_names_what_is_shown(images, three):
         )
     }
     assert len(ids) == 5
-    assert mixture([one]).id == one.corpus.id
+    assert identity([one]) == one.corpus.id
 
 
 def test_stand_ins_come_from_the_same_part(three):

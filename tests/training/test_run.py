@@ -317,6 +317,20 @@ def test_parts_of_a_mixture_and_a_selection(selfsight, command, corpora, tmp_pat
     assert selfsight(finished) == 2
     assert "is from another corpus" in capsys.readouterr().err
     assert selfsight(command("both", f"mixture={parts}")) == 2
-    assert "not both" in capsys.readouterr().err
+    assert "corpus and mixture name images" in capsys.readouterr().err
     assert selfsight(command("none", "selection=nothing")) == 2
     assert re.search(r"there is no .*selections/nothing.parquet: give", capsys.readouterr().err)
+
+
+def test_shards_without_an_index(selfsight, command, corpora, tmp_path, capsys):
+    shards = f"unindexed.shards=[{corpora['one']}/shards/000000.tar]"
+    assert selfsight(command("foreign", "corpus=null", shards)) == 2
+    assert "unindexed.images" in capsys.readouterr().err
+    assert selfsight(command("foreign", shards, "unindexed.images=48")) == 2
+    assert "corpus and unindexed.shards name images" in capsys.readouterr().err
+    assert selfsight(command("foreign", "corpus=null", shards, "unindexed.images=48")) == 0
+    said = capsys.readouterr().err
+    assert "these shards have no index: a resumed run sees other samples" in said
+    assert "on 48 images" in said
+    lines = [json.loads(line) for line in (tmp_path / "foreign" / "metrics.jsonl").read_text().splitlines()]
+    assert not any("note" in line for line in lines)  # there is nothing to hold an account against

@@ -170,7 +170,7 @@ class StepLoader:
         )
 
     def _report(self, step: _Step, lost: int, corpus: Corpus, why: Exception, stand_in: int | None) -> None:
-        read = min((step.t - self.start_step + 1) * self._share, self.mixture.n)
+        read = min((step.t - self.start_step + 1) * self._share, sum(p.n for p in self.mixture.parts))
         self.quarantine.add(Finding(step.t, lost, corpus.whereabouts(lost), str(why), stand_in), read)
 
     def _finish(self, step: _Step) -> list[dict[str, Tensor]]:

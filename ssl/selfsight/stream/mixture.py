@@ -92,18 +92,6 @@ class Mixture:
         self._kinds = Blend([1 - sum(alone, Fraction()), *alone], [seed, 2])  # of steps: blended, or one part alone
         self._lanes = [Blend(blended, [seed, 3, lane]) for lane in range(lanes)]
 
-    @property
-    def n(self) -> int:
-        """Samples in an epoch: of all parts together."""
-        return sum(p.n for p in self.parts)
-
-    @property
-    def id(self) -> str:
-        """The corpus id, or a digest over the ids, weights and shares of the parts."""
-        if len(self.parts) == 1 and not self.parts[0].alone:
-            return self.parts[0].id
-        return _digest([[p.id, str(p.weight), str(p.alone)] for p in self.parts])
-
     def step(self, t: int, start: int = 0, stop: int | None = None) -> Slots:
         """Positions [start, stop) of the batch of step `t`, the whole batch by default, lane after lane."""
         stop = self.batch_size if stop is None else stop
@@ -164,6 +152,13 @@ class Mixture:
         slots.ordinal[places], visits = self._views[part].resolve(entries, epochs)
         slots.visit[places] = visits + extra
         slots.epoch[places] = -1 if extra else epochs
+
+
+def identity(parts: Sequence[Part]) -> str:
+    """The corpus id, or a digest over the ids, weights and shares of the parts."""
+    if len(parts) == 1 and not parts[0].alone:
+        return parts[0].id
+    return _digest([[p.id, str(p.weight), str(p.alone)] for p in parts])
 
 
 class _View:

@@ -1,94 +1,125 @@
-"""Recipe → the parts it trains on, and the account of what each epoch of them delivered."""
+"""Recipe → where its images come from: corpora that keep every promise, or shards without an index, which do not."""
 
-from collections import Counter
-from collections.abc import Iterator
+import hashlib
+import json
 from fractions import Fraction
+from pathlib import Path
+from typing import Protocol
 
-import torch
-
-from selfsight.errors import UserError
+from selfsight.errors import UserError, check_range
 from selfsight.recipe import PartConfig, Recipe
 from selfsight.shards import Corpus
 from selfsight.shards.selection import read_selection
+from selfsight.stream.foreign import ForeignLoader
 from selfsight.stream.loader import StepLoader
-from selfsight.stream.mixture import Part
-from selfsight.stream.quarantine import read_quarantine
+from selfsight.stream.mixture import Mixture, Part, identity
+from selfsight.stream.quarantine import Quarantine
+from selfsight.stream.views import Views
 from selfsight.training.cluster import Cluster
 
 
-def open_parts(recipe: Recipe) -> list[Part]:
-    """Opens the corpora and selections of a recipe. Raises UserError where one is missing, or too small for a batch."""
-    if bool(recipe.corpus) == bool(recipe.mixture):
-        raise UserError("training needs corpus=DIR or a mixture of several, not both: set one of the two keys")
-    if recipe.mixture and recipe.selection:
-        raise UserError("selection goes with corpus: in a mixture, give each part its own")
-    named = recipe.mixture or [PartConfig(str(recipe.corpus), recipe.selection)]
-    parts = []
-    for given in named:
-        corpus = Corpus.open(given.corpus)
-        chosen = None if given.selection is None else read_selection(corpus, given.selection)
-        # Through text: 0.1 means a tenth, not the float next to it.
-        part = Part(corpus, chosen, Fraction(str(given.weight)), Fraction(str(given.alone)))
-        if part.n < recipe.batch_size:
-            raise UserError(
-                f"{given.corpus} has fewer images ({part.n}) than a batch ({recipe.batch_size}): "
-                f"lower batch_size to {part.n} or less"
-            )
-        parts.append(part)
-    return parts
+class Feed(Protocol):
+    @property
+    def n(self) -> int: ...  # images in an epoch
+
+    @property
+    def id(self) -> str: ...  # what a checkpoint must agree on
+
+    @property
+    def chunks(self) -> int | None: ...  # of the smallest part
+
+    def loader(
+        self, views: Views, *, run: Path, cluster: Cluster, start_step: int, total_steps: int
+    ) -> StepLoader | ForeignLoader: ...
 
 
-class Account:
-    """What the stream delivered, over all ranks and restarts: each epoch of each part held against the manifest, and
-    the samples that could not be had.
+def open_feed(recipe: Recipe) -> Feed:
+    """Opens what the recipe names. Raises UserError where it is missing, or too small for a batch."""
+    named = [key for key, given in _sources(recipe).items() if given]
+    if len(named) != 1:
+        raise UserError(
+            f"{' and '.join(named)} name images to train on: set one of them"
+            if named
+            else "training needs images: add corpus=DIR"
+        )
+    return UnindexedFeed(recipe) if recipe.unindexed.shards else CorpusFeed(recipe)
 
-    `restored` is what `open` gave for the checkpoint at step `start`. All ranks call every method at the same steps.
-    """
 
-    def __init__(self, loader: StepLoader, cluster: Cluster, start: int, restored: list[list[int]]) -> None:
-        self.loader, self.mixture, self.cluster = loader, loader.mixture, cluster
-        self._before = Counter({(part, epoch): count for part, epoch, count in restored})
-        self._told = [least for least, _ in self.mixture.epochs_over(start)]
-        self._findings = self._replaced = 0
+def names_images(recipe: Recipe) -> bool:
+    return any(_sources(recipe).values())
 
-    def open(self, step: int) -> list[list[int]]:
-        """(part, epoch, samples) of the epochs that are not over at `step`, for the checkpoint."""
-        over = enumerate(self.mixture.epochs_over(step))
-        keys = [(part, epoch) for part, (least, most) in over for epoch in range(least, most + 1)]
-        return [[*key, count] for key, count in zip(keys, self._delivered(keys), strict=True) if count]
 
-    def look(self, step: int) -> list[tuple[bool, str]]:
-        """(whether it is an alarm, sentence) for what has happened since it last looked."""
-        return [*self._lost(), *self._finished(step)]
+def _sources(recipe: Recipe) -> dict[str, object]:
+    return {"corpus": recipe.corpus, "mixture": recipe.mixture, "unindexed.shards": recipe.unindexed.shards}
 
-    def _finished(self, step: int) -> Iterator[tuple[bool, str]]:
-        over = [least for least, _ in self.mixture.epochs_over(step)]
-        ended = [(part, e) for part, last in enumerate(over) for e in range(self._told[part], last)]
-        self._told = over
-        for (part, epoch), count in zip(ended, self._delivered(ended), strict=True):
-            n = self.mixture.parts[part].n
-            which = f"epoch {epoch + 1}" + (f" of part {part + 1}" if len(over) > 1 else "")
-            if count == n:
-                yield False, f"{which} is over: all of its {n} images were delivered"
-            else:
-                yield True, f"{which} is over, but {count} and not {n} images were delivered: report this as a bug"
 
-    def _lost(self) -> Iterator[tuple[bool, str]]:
-        (findings,) = self._sum([len(self.loader.quarantine)])
-        path = self.loader.quarantine.path
-        if findings > self._findings and path is not None and self.cluster.rank == 0:
-            new = sum(1 for _ in read_quarantine(path.parent)) - self._replaced  # several ranks may have met one sample
-            self._replaced += new
-            if new:
-                images = "1 image" if new == 1 else f"{new} images"
-                yield True, f"{images} could not be read and others stood in: {path.parent} lists them"
-        self._findings = findings
+class CorpusFeed:
+    """One corpus, or several."""
 
-    def _delivered(self, keys: list[tuple[int, int]]) -> list[int]:
-        own = self._sum([self.loader.delivered[key] for key in keys])
-        return [total + self._before[key] for key, total in zip(keys, own, strict=True)]
+    def __init__(self, recipe: Recipe) -> None:
+        if recipe.mixture and recipe.selection:
+            raise UserError("selection goes with corpus: in a mixture, give each part its own")
+        named = recipe.mixture or [PartConfig(str(recipe.corpus), recipe.selection)]
+        self.recipe, self.parts = recipe, [_part(given, recipe.batch_size) for given in named]
+        self.n, self.id = sum(part.n for part in self.parts), identity(self.parts)
+        self.chunks = min(part.chunks for part in self.parts)
 
-    def _sum(self, counts: list[int]) -> list[int]:
-        if not counts:
-            return []
-        return self.cluster.sum(torch.tensor(counts, dtype=torch.int64, device=self.cluster.device)).tolist()
+    def loader(self, views: Views, *, run: Path, cluster: Cluster, start_step: int, total_steps: int) -> StepLoader:
+        recipe, stream = self.recipe, self.recipe.stream
+        assert stream.lanes is not None
+        mixture = Mixture(
+            self.parts, batch_size=recipe.batch_size, lanes=stream.lanes, window=stream.window, seed=recipe.seed
+        )
+        return StepLoader(
+            mixture,
+            views,
+            rank=cluster.rank,
+            world_size=cluster.world_size,
+            start_step=start_step,
+            total_steps=total_steps,
+            workers=stream.workers,
+            accumulation=recipe.training.accumulation,
+            staged=stream.crops == "device",
+            quarantine=Quarantine(run / "quarantine" / f"{cluster.rank:05d}.jsonl", limit=stream.max_damaged),
+        )
+
+
+class UnindexedFeed:
+    """Foreign shards through the webdataset library, as `selfsight.stream.foreign` explains."""
+
+    chunks: int | None = None
+
+    def __init__(self, recipe: Recipe) -> None:
+        if recipe.unindexed.images is None:
+            raise UserError("shards without an index do not say what an epoch is: set unindexed.images to their images")
+        check_range("unindexed.images", recipe.unindexed.images, recipe.batch_size)
+        self.recipe, self.n = recipe, recipe.unindexed.images
+        self.id = hashlib.sha256(json.dumps(recipe.unindexed.shards).encode()).hexdigest()
+
+    def loader(self, views: Views, *, run: Path, cluster: Cluster, start_step: int, total_steps: int) -> ForeignLoader:
+        recipe = self.recipe
+        return ForeignLoader(
+            recipe.unindexed.shards,
+            views,
+            batch_size=recipe.batch_size,
+            total_steps=total_steps,
+            start_step=start_step,
+            rank=cluster.rank,
+            world_size=cluster.world_size,
+            workers=recipe.stream.workers,
+            accumulation=recipe.training.accumulation,
+            seed=recipe.seed,
+        )
+
+
+def _part(given: PartConfig, batch_size: int) -> Part:
+    corpus = Corpus.open(given.corpus)
+    chosen = None if given.selection is None else read_selection(corpus, given.selection)
+    # Through text: 0.1 means a tenth, not the float next to it.
+    part = Part(corpus, chosen, Fraction(str(given.weight)), Fraction(str(given.alone)))
+    if part.n < batch_size:
+        raise UserError(
+            f"{given.corpus} has fewer images ({part.n}) than a batch ({batch_size}): "
+            f"lower batch_size to {part.n} or less"
+        )
+    return part

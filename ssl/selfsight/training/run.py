@@ -25,13 +25,12 @@ from selfsight.files import publish
 from selfsight.objectives import Objective, Progress
 from selfsight.recipe import Recipe
 from selfsight.stream.loader import StepLoader, to_device
-from selfsight.stream.mixture import Mixture
-from selfsight.stream.quarantine import Quarantine
 from selfsight.stream.views import Views
 from selfsight.training import checkpoint, cluster, resolve
+from selfsight.training.account import Account
 from selfsight.training.cluster import Cluster
 from selfsight.training.engine import Engine, Step
-from selfsight.training.feed import Account, open_parts
+from selfsight.training.feed import names_images, open_feed
 from selfsight.training.interrupts import Interrupts
 from selfsight.training.log import Log
 from selfsight.training.monitor import Monitor
@@ -57,7 +56,7 @@ def pretrain(recipe: Recipe) -> Path:
     """
     recipe = copy.deepcopy(recipe)
     resolve.check(recipe)
-    if not (recipe.corpus or recipe.mixture) or not recipe.output:
+    if not names_images(recipe) or not recipe.output:
         raise UserError("training needs a corpus and an output: add corpus=DIR output=RUN")
     joined = cluster.join()
     # Together: nobody looks into the run folder any more when rank 0 begins to write there.
@@ -69,20 +68,12 @@ class _Run:
 
     def __init__(self, recipe: Recipe, cluster: Cluster) -> None:
         self.recipe, self.cluster = recipe, cluster
-        parts = open_parts(recipe)
+        self.feed = open_feed(recipe)
         self.path = Path(str(recipe.output))
-        self._settle(min(part.chunks for part in parts))
-        assert recipe.stream.lanes is not None
-        self.mixture = Mixture(
-            parts,
-            batch_size=recipe.batch_size,
-            lanes=recipe.stream.lanes,
-            window=recipe.stream.window,
-            seed=recipe.seed,
-        )
+        self._settle(self.feed.chunks)
         torch.manual_seed(recipe.seed)
         self.objective = self._build()
-        self.steps_per_epoch = self.mixture.n // recipe.batch_size
+        self.steps_per_epoch = self.feed.n // recipe.batch_size
         self.total_steps = max(1, round(recipe.epochs * self.steps_per_epoch))
         self.checkpoint = checkpoint.newest(self.path)
         self.start, delivered = 0, []
@@ -90,10 +81,16 @@ class _Run:
             state = read_state(self.checkpoint)
             checkpoint.check(self.checkpoint, state, self._state(0))
             self.start, delivered = state["step"], state["delivered"]
-        self.loader = self._loader()
-        self.account = Account(self.loader, cluster, self.start, delivered)
+        views = Views(self.objective.views(), seed=recipe.seed)
+        self.loader = self.feed.loader(
+            views, run=self.path, cluster=cluster, start_step=self.start, total_steps=self.total_steps
+        )
+        # Of shards without an index there is nothing that an account could be held against.
+        self.account = None
+        if isinstance(self.loader, StepLoader):
+            self.account = Account(self.loader, cluster, self.start, delivered)
 
-    def _settle(self, chunks: int) -> None:
+    def _settle(self, chunks: int | None) -> None:
         """Gives null keys their values and holds the recipe against the one that the run folder was begun with."""
         begun = self.path / "recipe.yaml"
         if begun.is_file():
@@ -110,21 +107,6 @@ class _Run:
         config = kind.Config(**{k: v for k, v in self.recipe.objective.items() if k != "name"})
         return kind(config, self.recipe.encoder, self.cluster.collective())
 
-    def _loader(self) -> StepLoader:
-        recipe, rank = self.recipe, self.cluster.rank
-        return StepLoader(
-            self.mixture,
-            Views(self.objective.views(), seed=recipe.seed),
-            rank=rank,
-            world_size=self.cluster.world_size,
-            start_step=self.start,
-            total_steps=self.total_steps,
-            workers=recipe.stream.workers,
-            accumulation=recipe.training.accumulation,
-            staged=recipe.stream.crops == "device",
-            quarantine=Quarantine(self.path / "quarantine" / f"{rank:05d}.jsonl", limit=recipe.stream.max_damaged),
-        )
-
     def _state(self, step: int) -> dict[str, Any]:
         """state.json of a checkpoint at `step`."""
         recipe = self.recipe
@@ -133,7 +115,7 @@ class _Run:
             "step": step,
             "total_steps": self.total_steps,
             "seed": recipe.seed,
-            "corpus_id": self.mixture.id,
+            "corpus_id": self.feed.id,
             "batch_size": recipe.batch_size,
             "lanes": recipe.stream.lanes,
             "window": recipe.stream.window,
@@ -182,7 +164,7 @@ class _Run:
         one, several = ("GPU", "GPUs") if self.cluster.device.type == "cuda" else ("CPU process", "CPU processes")
         begin = f"continues from step {self.start}" if self.start else "starts"
         say(
-            f"{self.path} {begin}: {recipe.objective_name} with {recipe.encoder.name} on {self.mixture.n} images, "
+            f"{self.path} {begin}: {recipe.objective_name} with {recipe.encoder.name} on {self.feed.n} images, "
             f"{self.total_steps} steps of {recipe.batch_size}, {ranks} {several if ranks > 1 else one}, "
             f"ZeRO-{recipe.training.zero}, {recipe.training.precision}"
         )
@@ -261,7 +243,7 @@ class _Run:
     def _count(self, log: Log | None, done: int) -> None:
         """Says of every epoch that ended whether all of it was delivered, and of images that had to be replaced. All
         ranks call it."""
-        for alarming, sentence in self.account.look(done):
+        for alarming, sentence in self.account.look(done) if self.account else ():
             if alarming:
                 self._tell(log, done, sentence)
             elif log:
@@ -275,7 +257,7 @@ class _Run:
     def _save(self, engine: Engine, step: int, log: Log | None) -> None:
         if log:
             log.flush()
-        state = {**self._state(step), "delivered": self.account.open(step)}
+        state = {**self._state(step), "delivered": self.account.open(step) if self.account else []}
         checkpoint.save(self.path, engine, state, keep=self.recipe.training.keep)
         self.cluster.on_first(lambda: self._export(step))
 
@@ -288,7 +270,7 @@ class _Run:
             "which": which,
             "objective": self.recipe.objective_name,
             "step": step,
-            "corpus_id": self.mixture.id,
+            "corpus_id": self.feed.id,
             "recipe_digest": recipe_digest(self.recipe.to_dict()),
         }
         encoder: Any = self.objective.get_submodule(which)

@@ -13,7 +13,7 @@ from selfsight.weights.folder import ORIGIN
 STATE_SCHEMA = 1
 # Keys of a recipe that change nothing about what is learnt: they may differ when a run goes on.
 FREE = (
-    *("corpus", "selection", "mixture", "output"),  # what they hold is in the corpus id
+    *("corpus", "selection", "mixture", "unindexed.shards", "output"),  # what they hold is in the corpus id
     *(
         "stream.workers",
         "stream.crops",
