@@ -18,6 +18,7 @@ import google_crc32c
 from selfsight.corpus.sources import normal
 from selfsight.errors import UserError
 from selfsight.shards import tar
+from selfsight.shards.store import FILE_SCHEME, is_url
 
 BLOCK_BYTES = 4 << 20  # of one read
 SIZES_AT_ONCE = 16
@@ -39,15 +40,11 @@ def find_shards(patterns: Iterable[str]) -> list[tuple[str, int]]:
         return list(zip(found, pool.map(_size, found), strict=True))
 
 
-def is_remote(url: str) -> bool:
-    return "://" in url
-
-
 @contextmanager
 def opened(url: str, length: int) -> "Iterator[ShardBytes]":
     """A shard of `length` bytes, to be read once. Raises UserError where it cannot be opened."""
     try:
-        if is_remote(url):
+        if is_url(url):
             fs, path = _file_system(url)
             file = fs.open(path, "rb")
         else:
@@ -244,8 +241,8 @@ def _braces(pattern: str) -> list[str]:
 
 
 def _globbed(name: str) -> list[str]:
-    name = name.removeprefix("file://")
-    if not is_remote(name):
+    name = name.removeprefix(FILE_SCHEME)
+    if not is_url(name):
         if os.path.isdir(name):
             raise UserError(f"{name} is a folder: name its shards, as in '{name}/*.tar'")
         found = [name] if os.path.lexists(name) else sorted(glob.glob(name, recursive=True))
@@ -266,7 +263,7 @@ def _globbed(name: str) -> list[str]:
 
 def _size(url: str) -> int:
     try:
-        if not is_remote(url):
+        if not is_url(url):
             return os.stat(url).st_size
         fs, path = _file_system(url)
         size = fs.size(path)

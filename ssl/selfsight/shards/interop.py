@@ -42,11 +42,11 @@ CREATE INDEX idx_sample_parts_full
 def write_dali(folder: str | Path) -> str:
     """One .idx beside each shard, for `fn.readers.webdataset(paths=…, index_paths=…)`; a sentence that says so.
 
-    Raises UserError for an adopted corpus.
+    Raises UserError for an adopted corpus, and for one that lies at a URL.
     """
-    corpus = _own(folder)
+    corpus, root = _own(folder)
     for shard, rows in _rows(corpus):
-        with publish(corpus.path / beside(shard, DALI_SUFFIX)) as f:
+        with publish(root / beside(shard, DALI_SUFFIX)) as f:
             f.write(dali_index(rows))
     return f"{len(corpus.manifest.shards)} index files, shards/*{DALI_SUFFIX}"
 
@@ -55,10 +55,10 @@ def write_energon(folder: str | Path) -> str:
     """A .tar.idx beside each shard and .nv-meta/, so that the folder is a dataset of Energon's, all of it `train`.
 
     Labelled, it is of ImageClassificationSample, else of ImageSample. A sentence says so. Raises UserError for an
-    adopted corpus.
+    adopted corpus, and for one that lies at a URL.
     """
-    corpus = _own(folder)
-    meta = corpus.path / ENERGON_FOLDER
+    corpus, root = _own(folder)
+    meta = root / ENERGON_FOLDER
     meta.mkdir(exist_ok=True)
     extensions: set[str] = set()
     with publish(meta / "index.sqlite") as f:
@@ -73,7 +73,7 @@ def write_energon(folder: str | Path) -> str:
                 parts = ((shard.number, at, *part) for at, row in enumerate(rows) for part in _parts(row))
                 database.executemany("INSERT INTO sample_parts VALUES (?, ?, ?, ?, ?)", parts)
                 extensions |= {EXTENSIONS[row["format"]] for row in rows}
-                with publish(corpus.path / beside(shard, ENERGON_SUFFIX)) as index:
+                with publish(root / beside(shard, ENERGON_SUFFIX)) as index:
                     index.write(offsets.tobytes())
             database.executescript(INDEXES)
             database.commit()
@@ -142,11 +142,13 @@ def _rows(corpus: Corpus) -> Iterator[tuple[Shard, list[dict[str, Any]]]]:
         yield shard, corpus._index(shard, COLUMNS).to_pylist()
 
 
-def _own(folder: str | Path) -> Corpus:
+def _own(folder: str | Path) -> tuple[Corpus, Path]:
     corpus = Corpus.open(folder)
     if any(shard.url for shard in corpus.manifest.shards):
         raise UserError(
             f"the shards of {folder} were adopted and belong to others: index them with `energon prepare` or wds2idx,"
             " or copy them into a corpus of your own with `selfsight corpus build`"
         )
-    return corpus
+    if not isinstance(corpus.path, Path):
+        raise UserError(f"{folder} is a URL: index the corpus in a folder, then copy the new files beside its shards")
+    return corpus, corpus.path

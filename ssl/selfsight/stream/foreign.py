@@ -41,7 +41,7 @@ class ForeignLoader:
     (b, length), "part" and "ordinal" int64 (b,), all 0 and all −1, with b = batch_size / world_size / accumulation.
     Every image of a sample is one of the batch's. One thread reads, `workers` others decode (None: `auto_workers`, 0:
     all in this thread). The same seed, shards and processes give the same steps; a start in the middle begins anew, in
-    another order. `skip_undecodable` puts the next image in the place of one that does not decode.
+    another order. `skip_undecodable` puts a later image in the place of one that does not decode.
 
     Raises UserError when the batch does not divide, when there are fewer shards than processes, when they cannot be
     read, and when an image does not decode.
