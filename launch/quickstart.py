@@ -24,6 +24,7 @@ from selfsight.files import publish
 from selfsight.machine import available_cores
 from selfsight.shards.corpus import Corpus
 from selfsight.shards.decode import decode_image
+from selfsight.shards.manifest import NAME as MANIFEST
 from selfsight.training import pretrain, resolve
 from selfsight.weights.run import exports, newest_export
 
@@ -157,7 +158,16 @@ def _split(source: Path, folder: Path, suffix: str = "") -> tuple[Path, Path]:
 
 
 def _built(source: Path, out: Path, hash_range: tuple[float, float] = (0.0, 1.0)) -> Path:
-    report = build([source], out, hash_range=hash_range)
+    done = (out / MANIFEST).exists()
+    try:
+        report = build([source], out, hash_range=hash_range)
+    except UserError as e:
+        if not done:
+            raise
+        # `build` would have this corpus alone removed, but the run that was begun on it is as outdated.
+        raise UserError(
+            f"{source} has changed since an earlier quickstart: give another --out, or remove {out.parent}"
+        ) from e
     refused = report.counts["rejected"]
     if refused:
         say(f"{refused} files could not be decoded and were left out: {out}/rejected.jsonl names them")

@@ -104,6 +104,16 @@ def test_photographs_of_classes_too_rare_to_be_on_both_sides_are_scored(tmp_path
     assert {score.n for row in outcome.rows for score in row.scores.values()} == {steps.Corpus.open(outcome.test).n}
 
 
+def test_images_that_changed_are_refused_with_the_folder_to_remove(tmp_path, images):
+    mine = shutil.copytree(images, tmp_path / "mine")
+    settings = Settings(mine, "dino", tmp_path / "out")
+    corpora = steps._corpora(settings)
+    next(mine.rglob("*.png")).unlink()
+    with pytest.raises(UserError, match=f"changed since.*remove {tmp_path / 'out' / 'mine'}$"):
+        steps._corpora(settings)
+    assert steps.verify(corpora.train) == []
+
+
 def test_one_image_per_class_is_as_good_as_no_labels(tmp_path, images, capsys):
     for i, path in enumerate(sorted(images.rglob("*.png"))[:3]):
         (tmp_path / "images" / str(i)).mkdir(parents=True)
