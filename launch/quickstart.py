@@ -200,7 +200,7 @@ class _Shrink:
 def _shrink(task: _Shrink) -> None:
     for ordinal in range(task.first, task.stop):
         sample = task.corpus.sample(ordinal)
-        target = task.folders[sample.label or 0] / f"{task.corpus.path.name}-{sample.key}.png"
+        target = task.folders[sample.label or 0] / f"{task.corpus.name}-{sample.key}.png"
         if target.exists():
             continue
         image = decode_image(sample.data)
