@@ -11,6 +11,9 @@ BIN := $(VENV)/bin
 # faiss comes in two wheels that exclude each other: the machine decides.
 FAISS := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 
+# Through the environment, so that quotes and spaces in a path mean themselves.
+export IMAGES OBJECTIVE OUT SEED
+
 .PHONY: quickstart test lint types setup
 
 setup: $(VENV)/.ready
@@ -23,7 +26,7 @@ $(VENV)/.ready: pyproject.toml
 	@touch $@
 
 quickstart: setup
-	@$(BIN)/selfsight quickstart --objective $(OBJECTIVE) --out "$(OUT)" --seed $(SEED) $(if $(IMAGES),--images "$(IMAGES)")
+	@$(BIN)/selfsight quickstart --objective "$$OBJECTIVE" --out "$$OUT" --seed "$$SEED" $(if $(IMAGES),--images "$$IMAGES")
 
 test: setup
 	$(BIN)/python -m pytest

@@ -4,6 +4,7 @@ Verbs are imported only to build their parsers, which touches nothing heavy, so 
 """
 
 import argparse
+import errno
 import io
 import os
 import sys
@@ -12,6 +13,21 @@ from typing import NoReturn
 from launch.commands import COMMANDS
 from selfsight import __version__
 from selfsight.errors import UserError
+
+FULL = "free some space, then give the same command again"
+FORBIDDEN = "mend its permissions, or choose another place"
+MISPLACED = "choose another place"
+# What the user can do about what the operating system refused.
+REMEDIES = {
+    errno.ENOSPC: FULL,
+    errno.EDQUOT: FULL,
+    errno.EACCES: FORBIDDEN,
+    errno.EPERM: FORBIDDEN,
+    errno.EROFS: MISPLACED,
+    errno.ENOTDIR: MISPLACED,
+    errno.EISDIR: MISPLACED,
+    errno.EEXIST: MISPLACED,
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,11 +72,18 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (UserError, OSError) as e:
-        print(f"selfsight: {' '.join(str(e).split())}", file=sys.stderr)
+        print(f"selfsight: {' '.join(_sentence(e).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("selfsight: interrupted; the same command again goes on", file=sys.stderr)
         return 130
+
+
+def _sentence(e: UserError | OSError) -> str:
+    if not isinstance(e, OSError) or e.errno not in REMEDIES:
+        return str(e)
+    where = e.filename2 or e.filename  # of a rename, where it should have led
+    return f"{f'{where}: ' if where else ''}{e.strerror}: {REMEDIES[e.errno]}"
 
 
 if __name__ == "__main__":

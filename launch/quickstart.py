@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from eval_probes import knn, linear
 from eval_probes.features import PIXELS, Features, extract
 from eval_probes.report import build_report
@@ -17,10 +19,12 @@ from selfsight.console import say
 from selfsight.corpus import build, procedural, stats, verify
 from selfsight.corpus.pool import each
 from selfsight.encoders.statistics import feature_spread, rankme
-from selfsight.errors import UserError
+from selfsight.errors import UserError, check_range
+from selfsight.files import publish
 from selfsight.machine import available_cores
 from selfsight.shards.corpus import Corpus
 from selfsight.shards.decode import decode_image
+from selfsight.shards.manifest import NAME as MANIFEST
 from selfsight.training import pretrain, resolve
 from selfsight.weights.run import exports, newest_export
 
@@ -97,16 +101,24 @@ def quickstart(settings: Settings) -> Outcome:
 
 def _claim(settings: Settings) -> None:
     """Notes in the folder which images it is about, so that two sources of one name cannot mix."""
-    about = {"images": None if settings.images is None else str(settings.images.resolve())}
-    if settings.images is None:
-        about |= {"seed": settings.seed, "train": settings.n_train, "test": settings.n_test}
-    elif not settings.images.exists():
-        raise UserError(f"{settings.images} does not exist: give a folder or an archive of images")
-    settings.folder.mkdir(parents=True, exist_ok=True)
-    note = settings.folder / "source.json"
-    if note.exists() and json.loads(note.read_text(encoding="utf-8")) != about:
-        raise UserError(f"{settings.folder} is about other images: give another --out, or remove it")
-    note.write_text(json.dumps(about) + "\n", encoding="utf-8")
+    check_range("--seed", settings.seed, 0, 2**63 - 1)
+    images, folder = settings.images, settings.folder
+    if images is None:
+        about = {"images": None, "seed": settings.seed, "train": settings.n_train, "test": settings.n_test}
+    elif not images.exists():
+        raise UserError(f"{images} does not exist: give a folder or an archive of images")
+    elif folder.resolve().is_relative_to(images.resolve()):
+        raise UserError(f"{folder} would lie among the images and be taken for some of them: give an --out elsewhere")
+    else:
+        about = {"images": str(images.resolve())}
+    said = (json.dumps(about) + "\n").encode()
+    folder.mkdir(parents=True, exist_ok=True)
+    note = folder / "source.json"
+    if not note.exists():
+        with publish(note) as f:
+            f.write(said)
+    elif note.read_bytes() != said:
+        raise UserError(f"{folder} is about other images: give another --out, or remove it")
 
 
 # Images → corpora.
@@ -125,24 +137,37 @@ def _corpora(settings: Settings) -> Corpora:
         train, test = (_built(made / split, folder / split) for split in ("train", "test"))
         return Corpora(train, train, test)
 
-    # By content, so that a picture and its exact copy fall on the same side.
-    train = _built(settings.images, folder / "train", (0.0, 1 - HELD_OUT))
-    n = Corpus.open(train).n / (1 - HELD_OUT)
-    test = _built(settings.images, folder / "test", (1 - min(HELD_OUT, TESTED / n), 1.0))
-    short = stats(train)["quantiles"]
-    if min(short["width"]["p50"], short["height"]["p50"]) > 2 * SMALL:
+    train, test = _split(settings.images, folder)
+    if _short_side(train) > 2 * SMALL:
         say(f"photographs: training reads copies of {SMALL} px, instead of decoding millions of pixels again and again")
-        train, test = (
-            _built(_shrunk(c, folder / f"small-{c.name}"), folder / f"{c.name}-{SMALL}px") for c in (train, test)
-        )
-    share = BANK / n
+        small = folder / f"images-{SMALL}px"
+        for corpus in (train, test):
+            _shrink_into(small, corpus)
+        train, test = _split(small, folder, f"-{SMALL}px")
+    share = BANK * (1 - HELD_OUT) / Corpus.open(train).n
     if share >= 1 - HELD_OUT:
         return Corpora(train, train, test)
     return Corpora(train, _built(train, folder / "bank", (0.0, share)), test)
 
 
+def _split(source: Path, folder: Path, suffix: str = "") -> tuple[Path, Path]:
+    """`train` and `test`, with one list of classes; by content, so that exact copies fall on the same side."""
+    train = _built(source, folder / f"train{suffix}", (0.0, 1 - HELD_OUT))
+    n = Corpus.open(train).n / (1 - HELD_OUT)
+    return train, _built(source, folder / f"test{suffix}", (1 - min(HELD_OUT, TESTED / n), 1.0))
+
+
 def _built(source: Path, out: Path, hash_range: tuple[float, float] = (0.0, 1.0)) -> Path:
-    report = build([source], out, hash_range=hash_range)
+    done = (out / MANIFEST).exists()
+    try:
+        report = build([source], out, hash_range=hash_range)
+    except UserError as e:
+        if not done:
+            raise
+        # `build` would have this corpus alone removed, but the run that was begun on it is as outdated.
+        raise UserError(
+            f"{source} has changed since an earlier quickstart: give another --out, or remove {out.parent}"
+        ) from e
     refused = report.counts["rejected"]
     if refused:
         say(f"{refused} files could not be decoded and were left out: {out}/rejected.jsonl names them")
@@ -152,15 +177,16 @@ def _built(source: Path, out: Path, hash_range: tuple[float, float] = (0.0, 1.0)
     return out
 
 
-def _shrunk(corpus: Path, out: Path) -> Path:
-    """A folder of the corpus's images as PNG with a short side of `SMALL` pixels, in folders by class if it has any."""
+def _shrink_into(out: Path, corpus: Path) -> None:
+    """Adds the images to `out` as PNG with a short side of `SMALL` pixels, in folders by class if there are any."""
     opened = Corpus.open(corpus)
-    for name in opened.classes or [""]:
-        (out / name).mkdir(parents=True, exist_ok=True)
-    tasks = (_Shrink(opened, first, min(first + 64, opened.n), out) for first in range(0, opened.n, 64))
+    # A class may have been named by more than a folder.
+    folders = [out / name.replace("/", "∕") for name in opened.classes or [""]]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    tasks = (_Shrink(opened, first, min(first + 64, opened.n), folders) for first in range(0, opened.n, 64))
     for _ in each(_shrink, tasks, available_cores() if opened.n > 256 else 1):
         pass
-    return out
 
 
 @dataclass(frozen=True)
@@ -168,14 +194,13 @@ class _Shrink:
     corpus: Corpus
     first: int
     stop: int
-    out: Path
+    folders: list[Path]  # by label
 
 
 def _shrink(task: _Shrink) -> None:
     for ordinal in range(task.first, task.stop):
         sample = task.corpus.sample(ordinal)
-        label = "" if task.corpus.classes is None or sample.label is None else task.corpus.classes[sample.label]
-        target = task.out / label / f"{sample.key}.png"
+        target = task.folders[sample.label or 0] / f"{task.corpus.name}-{sample.key}.png"
         if target.exists():
             continue
         image = decode_image(sample.data)
@@ -220,8 +245,13 @@ def _recipe(settings: Settings, corpora: Corpora):
 
 
 def _photographs(corpus: Path) -> bool:
+    return _short_side(corpus) > PHOTO
+
+
+def _short_side(corpus: Path) -> int:
+    """Pixels that half of the images reach in both directions."""
     sizes = stats(corpus)["quantiles"]
-    return min(sizes["width"]["p50"], sizes["height"]["p50"]) > PHOTO
+    return min(sizes["width"]["p50"], sizes["height"]["p50"])
 
 
 # Run → table.
@@ -236,11 +266,7 @@ POOLING = {
 def _rows(settings: Settings, run: Path, corpora: Corpora) -> Iterator[Row]:
     steps = exports(run)
     named = {"raw pixels": PIXELS, "untrained encoder": steps[0], "trained encoder": newest_export(run)}
-    labelled = Corpus.open(corpora.test).classes is not None
-    if not labelled:
-        say(
-            "no labels (sub-folders named by class would be): kNN and linear probes are left out, label-free figures in"
-        )
+    labelled = _labelled(corpora.bank)
     store = ResultsStore(run / "results.sqlite")
     for name, weights in named.items():
         if not labelled and weights is PIXELS:
@@ -249,8 +275,18 @@ def _rows(settings: Settings, run: Path, corpora: Corpora) -> Iterator[Row]:
         if labelled:
             yield Row(name, scores={metric: _score(store, metric, *features) for metric in ("knn", "linear")})
         else:
-            x = _tensor(features[1])
+            x = torch.from_numpy(features[1].X[:TESTED])
             yield Row(name, figures={"rankme": rankme(x).item(), "feature_spread": feature_spread(x).item()})
+
+
+def _labelled(bank: Path) -> bool:
+    """Whether probes can learn from these images; says so where they cannot."""
+    classes = stats(bank)["classes"]
+    if classes is not None and max(classes.values()) > 1:
+        return True
+    why = "no labels (sub-folders named by class would be)" if classes is None else "one image per class"
+    say(f"{why}: kNN and linear probes are left out, label-free figures in")
+    return False
 
 
 def _features(settings: Settings, weights: str | Path, corpus: Path) -> Features:
@@ -282,9 +318,3 @@ def _score(store: ResultsStore, metric: str, train: Features, test: Features) ->
     )
     store.add(score)
     return score
-
-
-def _tensor(features: Features):
-    import torch
-
-    return torch.from_numpy(features.X[:5000])

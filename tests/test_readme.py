@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from launch import cli
 from selfsight.corpus import build
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 RUN = "quickstart/procedural-0/dino-0"
 BLOCKS = re.findall(r"^```(?:python|yaml)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+COMMANDS = re.findall(r"^    (?:\$ |PYTHONPATH=\. |.+ -m )(?:selfsight|launch) (.+)$", README, flags=re.MULTILINE)
 
 
 def block(start: str) -> str:
@@ -43,6 +45,11 @@ def folder(tmp_path_factory) -> Path:
         check=True,
     )
     return folder
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_command_line_takes_what_the_readme_types(command):
+    assert callable(cli.parse(command.split()).run)
 
 
 def test_the_objective_of_the_readme_trains(folder):

@@ -52,7 +52,9 @@ def show(outcome) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+    # No markup and no emoji: folders may be called `photos [old]` or `:star:`.
+    width = None if sys.stdout.isatty() else 120
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, width=width)
     labelled = bool(outcome.rows[0].scores)
     table = Table(caption=f"Features of both encoders: {outcome.pooling}. In brackets: 95 % intervals.")
     table.add_column("")
@@ -82,8 +84,8 @@ def show(outcome) -> None:
         f'encoder = selfsight.load_pretrained("{outcome.weights}")',
         "tokens = encoder(encoder.preprocess(image).unsqueeze(0))  # image: PIL; tokens.cls, tokens.patches",
     ):
-        console.print(f"    {line}", markup=False)
+        console.print(f"    {line}")
 
 
 def cell(score) -> str:
-    return f"{100 * score.value:.1f} [{100 * score.low:.1f}–{100 * score.high:.1f}]".replace("[", "\\[")
+    return f"{100 * score.value:.1f} [{100 * score.low:.1f}–{100 * score.high:.1f}]"

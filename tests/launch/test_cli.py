@@ -24,7 +24,13 @@ def verb_that_raises(monkeypatch, error: BaseException) -> None:
     ("error", "code", "said"),
     [
         (UserError("no\nsuch thing: make it"), 2, "selfsight: no such thing: make it\n"),
-        (OSError(28, "No space left on device", "shard"), 2, "No space left on device"),
+        (OSError(28, "No space left on device", "shard"), 2, "shard: No space left on device: free some space"),
+        (
+            OSError(21, "Is a directory", ".tmp", None, "out"),
+            2,
+            "selfsight: out: Is a directory: choose another place\n",
+        ),
+        (OSError(5, "Input/output error", "disk"), 2, "Input/output error"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )

@@ -10,7 +10,8 @@ from PIL import Image
 from eval_probes.linear import Linear
 from launch import quickstart as steps
 from launch.cli import main
-from launch.quickstart import Settings, quickstart
+from launch.commands.quickstart import show
+from launch.quickstart import Outcome, Row, Settings, quickstart
 from selfsight.corpus import procedural
 from selfsight.errors import UserError
 from selfsight.training import resolve
@@ -92,6 +93,35 @@ def test_unlabelled_photographs_come_out_with_label_free_figures(tmp_path, image
     assert {Image.open(p).size for p in (tmp_path / "out").rglob("*.png")} == {(125, 96)}
 
 
+def test_photographs_of_classes_too_rare_to_be_on_both_sides_are_scored(tmp_path, images):
+    photographs = tmp_path / "photographs"
+    for i, path in enumerate(sorted(images.rglob("*.png"))[:40]):
+        (photographs / f"kind {i % 20}").mkdir(parents=True, exist_ok=True)
+        Image.open(path).resize((260, 200)).save(photographs / f"kind {i % 20}" / f"{i}.jpg")
+    outcome = quickstart(Settings(photographs, "dino", tmp_path / "out", overrides=TINY["dino"]))
+    classes = [steps.Corpus.open(c).classes for c in (outcome.train, outcome.test)]
+    assert classes[0] == classes[1] == sorted(f"kind {i}" for i in range(20))
+    assert {score.n for row in outcome.rows for score in row.scores.values()} == {steps.Corpus.open(outcome.test).n}
+
+
+def test_images_that_changed_are_refused_with_the_folder_to_remove(tmp_path, images):
+    mine = shutil.copytree(images, tmp_path / "mine")
+    settings = Settings(mine, "dino", tmp_path / "out")
+    corpora = steps._corpora(settings)
+    next(mine.rglob("*.png")).unlink()
+    with pytest.raises(UserError, match=f"changed since.*remove {tmp_path / 'out' / 'mine'}$"):
+        steps._corpora(settings)
+    assert steps.verify(corpora.train) == []
+
+
+def test_one_image_per_class_is_as_good_as_no_labels(tmp_path, images, capsys):
+    for i, path in enumerate(sorted(images.rglob("*.png"))[:3]):
+        (tmp_path / "images" / str(i)).mkdir(parents=True)
+        shutil.copy(path, tmp_path / "images" / str(i))
+    assert not steps._labelled(steps._built(tmp_path / "images", tmp_path / "corpus"))
+    assert "one image per class" in capsys.readouterr().err
+
+
 def test_the_number_of_steps_does_not_depend_on_the_number_of_images(out, images):
     settings = Settings(images, "dino", out)
     corpora = steps._corpora(settings)
@@ -114,6 +144,40 @@ def test_images_that_are_not_there_end_in_one_line(tmp_path, capsys):
     assert main(["quickstart", "--images", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == 2
     assert "does not exist" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_among_the_images_is_refused(images, capsys, monkeypatch):
+    monkeypatch.chdir(images.parent)
+    before = sorted(images.rglob("*"))
+    for out in (images.name, f"{images.name}/work", "."):
+        assert main(["quickstart", "--images", images.name, "--out", out]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert sorted(images.rglob("*")) == before
+
+
+def test_what_no_image_could_make_right_is_said_before_any_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for flags, said in ((("--seed", "-1"), "--seed is -1"), (("--out", str(tmp_path / "file")), "Not a directory")):
+        assert main(["quickstart", "--out", str(tmp_path / "out"), *flags]) == 2
+        error = capsys.readouterr().err
+        assert said in error
+        assert error.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_too_few_images_to_hold_some_out(tmp_path, images, capsys):
+    (tmp_path / "one").mkdir()
+    shutil.copy(next(images.rglob("*.png")), tmp_path / "one" / "a.png")
+    assert main(["quickstart", "--images", str(tmp_path / "one"), "--out", str(tmp_path / "out")]) == 2
+    assert "give more images" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_paths_are_shown_as_they_are(capsys):
+    path = Path("photos [old] :star:")
+    show(
+        Outcome([Row("trained encoder", figures={"rankme": 1, "feature_spread": 0})], path, path, path, "", path, path)
+    )
+    assert capsys.readouterr().out.count(str(path)) == 2
 
 
 @pytest.mark.parametrize("flags", [(), ("--json",)])

@@ -303,14 +303,17 @@ COPIED = ("size", "crc32c", "sha256", "width", "height", "format", "mode", "fram
 
 def _nothing(sources: list[Source], ledger: Ledger, counts: dict[str, int]) -> UserError:
     names = ", ".join(str(s.path) for s in sources[:3])
+    if counts["outside"]:
+        return UserError(
+            f"no readable image of {names} falls into the hash range ({counts['outside']} lie outside):"
+            " give more images, or a wider range"
+        )
     if counts["rejected"]:
         source, name, _, reason = next(ledger.refused())
         return UserError(
             f"none of the {counts['rejected']} images in {names} can be decoded"
             f" (first: {sources[source].name}/{shown(name)}: {reason}): check the files"
         )
-    if counts["outside"]:
-        return UserError(f"no image of {names} falls into the hash range: widen it")
     return UserError(f"no images in {names} ({counts['skipped']} other files): name a folder or archive of images")
 
 
