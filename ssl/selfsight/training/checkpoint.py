@@ -8,6 +8,7 @@ continued by those who trust whoever wrote it; exports, and loading them, read s
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -135,7 +136,7 @@ def _tell(path: Path, work: Callable[[], None]) -> None:
         work()
     except (OSError, SafetensorError, RuntimeError) as e:
         # torch and safetensors report a full disk as their own errors
-        if isinstance(e, RuntimeError) and "PytorchStreamWriter" not in str(e):
+        if isinstance(e, RuntimeError) and not re.search("PytorchStreamWriter|inline_container", str(e)):
             raise
         shutil.rmtree(path.with_name(f".{path.name}"), ignore_errors=True)
         raise UserError(
