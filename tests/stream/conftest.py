@@ -20,7 +20,7 @@ IMAGENET = Path(__file__).parents[3] / "shared/corpora/imagenet-sample-320.tar"
 class Images:
     """What the stream uses of a Corpus, in memory: images each like no other, 5 chunks to a shard."""
 
-    path = "corpus"
+    path, is_far = "corpus", False
 
     def __init__(self, sizes=(4, 4, 4, 4, 4) * 4, bad=(), name="0" * 64):
         self.chunks = np.zeros(len(sizes), dtype=CHUNK_DTYPE)

@@ -343,3 +343,16 @@ def test_shards_without_an_index(selfsight, command, corpora, tmp_path, capsys):
     assert "on 48 images" in said
     lines = [json.loads(line) for line in (tmp_path / "foreign" / "metrics.jsonl").read_text().splitlines()]
     assert not any("note" in line for line in lines)  # there is nothing to hold an account against
+
+
+def test_a_corpus_at_a_url_trains_the_same(selfsight, command, corpora, read, tmp_path, monkeypatch):
+    import fsspec
+
+    monkeypatch.setenv("SELFSIGHT_CACHE", str(tmp_path / "cache"))
+    fsspec.filesystem("memory").put(str(corpora["one"]), "/far", recursive=True)
+    assert selfsight(command("far", "corpus=memory://far")) == 0
+    assert selfsight(command("near")) == 0
+    (far, far_weights), (near, near_weights) = read(tmp_path / "far"), read(tmp_path / "near")
+    assert far == near
+    torch.testing.assert_close(far_weights, near_weights, atol=0, rtol=0)
+    assert any((tmp_path / "cache").rglob("*"))

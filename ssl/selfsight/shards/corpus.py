@@ -138,6 +138,11 @@ class Corpus:
             start, stop = self._run(chunk)
             self._store.span(shard.tar, start, start, run=(start, stop), digest=shard.sha256)
 
+    @property
+    def is_far(self) -> bool:
+        """Whether some of its shards do not lie on this machine."""
+        return any(is_url(self._store.locate(shard.tar)) for shard in self.manifest.shards)
+
     def whereabouts(self, ordinal: int) -> str:
         """Sample and shard, for messages."""
         chunk = int(np.searchsorted(self.chunks["first"], ordinal, side="right")) - 1

@@ -28,6 +28,10 @@ LISTED = 10_000  # files of which the names are listed
 NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "DefaultCredentialsError"}
 
 
+class Unreachable(OSError):
+    """Nothing came, however often it was asked for: the place is at fault and not the file."""
+
+
 @dataclass(frozen=True)
 class Patience:
     """How often a request is made, how long the first pause is, and how long the other side may be silent; seconds."""
@@ -129,7 +133,7 @@ class RemoteFiles:
                 if refusal := _refusal(e, url):
                     raise refusal from e
                 problem = " ".join(f"{type(e).__name__}: {e}".split())
-        raise OSError(errno.EIO, f"nothing came in {self.patience.tries} tries ({problem})", url)
+        raise Unreachable(errno.EIO, f"nothing came in {self.patience.tries} tries ({problem})", url)
 
     def _range(self, url: str, start: int, stop: int) -> bytes:
         """Bytes [start, stop) by one request; fewer only where the file ends before."""

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from selfsight.errors import UserError
 from selfsight.machine import available_cores
-from selfsight.shards import Corpus
+from selfsight.shards import Corpus, Unreachable
 from selfsight.stream.device import render
 from selfsight.stream.mixture import Mixture, Slots
+from selfsight.stream.prefetch import Prefetch
 from selfsight.stream.quarantine import Finding, Quarantine
 from selfsight.stream.views import CANVAS, Views
 from selfsight.viewspec import MEAN, STD, ViewSpec
@@ -102,8 +103,11 @@ class StepLoader:
         ahead = 1 + max(2, -(-2 * TASK * self.workers // self._share))
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
         in_flight: deque[_Step] = deque()
+        prefetch = Prefetch(self.mixture, self._first, self._share)
         try:
             for t in range(self.start_step, self.total_steps):
+                with self._lock:
+                    prefetch.look(t)
                 in_flight.append(self._begin(t, pool))
                 if len(in_flight) >= ahead:
                     yield self._finish(in_flight.popleft())
@@ -111,6 +115,7 @@ class StepLoader:
                 yield self._finish(in_flight.popleft())
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+            prefetch.close()
 
     def _begin(self, t: int, pool: ThreadPoolExecutor | None) -> _Step:
         with self._lock:
@@ -141,7 +146,9 @@ class StepLoader:
             ordinal, visit = int(slots.ordinal[place]), int(slots.visit[place])
             try:
                 image = self._image(corpus, ordinal)
-            except (OSError, ValueError) as why:  # of disks and networks; of damaged shards and images
+            except Unreachable as gone:  # no neighbour of the sample would come either
+                raise UserError(f"{gone}: see to the storage, then give the same command again") from gone
+            except (OSError, ValueError) as why:  # of disks; of damaged shards and images
                 image, ordinal, visit = self._stand_in(step, place, corpus, why)
                 slots.ordinal[place] = ordinal
             part, i = divmod(place, b)

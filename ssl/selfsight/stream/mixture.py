@@ -70,7 +70,8 @@ class Mixture:
     """
 
     def __init__(self, parts: Sequence[Part], *, batch_size: int, lanes: int, window: int, seed: int) -> None:
-        self.parts, self.batch_size = tuple(parts), batch_size
+        self.parts, self.batch_size, self.window = tuple(parts), batch_size, window
+        self.samples_per_lane = batch_size // lanes  # of each step
         blended, alone = [p.weight for p in parts], [p.alone for p in parts]
         if min(*blended, *alone) < 0 or not any(blended) or sum(alone) >= 1:
             raise UserError(
@@ -129,9 +130,23 @@ class Mixture:
         ordinals, visits = self._views[part].resolve(np.array([entry]), np.array([epoch]))
         return int(ordinals[0]), int(visits[0]) + STAND_IN + (ALONE if kind else 0)
 
+    def chunks(self, t: int, start: int, stop: int) -> set[tuple[int, int]]:
+        """(part, chunk of its corpus) of all that positions [start, stop) have in hand about step `t`."""
+        kind, u = self._kind(t)
+        found = set()
+        for _, lane, position in self._pace.pieces(u, start, stop):
+            if kind:
+                asked = [(kind - 1, self._alone[kind - 1], position)]
+            else:
+                asked = [(p, o, int(self._lanes[lane].counts(position)[p])) for p, o in enumerate(self._blended)]
+            for part, order, at in asked:
+                if order:
+                    found |= {(part, c) for c in self._views[part].chunks[order.chunks_at(lane, at)].tolist()}
+        return found
+
     def epochs_over(self, t: int) -> list[tuple[int, int]]:
         """Per part, how many epochs of its blended batches are over before step `t`: in all lanes, and in any."""
-        position = int(self._kinds.counts(t)[0]) * (self.batch_size // len(self._lanes))
+        position = int(self._kinds.counts(t)[0]) * self.samples_per_lane
         counts = [lane.counts(position) for lane in self._lanes]
         found = []
         for part, order in enumerate(self._blended):
@@ -167,7 +182,7 @@ class _View:
     def __init__(self, part: Part) -> None:
         chunks = part.corpus.chunks
         self._entries = self._copies = None
-        self._most, self.sizes = 1, chunks["n"]
+        self._most, self.sizes, self.chunks = 1, chunks["n"], np.arange(len(chunks))
         if (selection := part.selection) is not None:
             self._most = int(selection.repeats.max())
             self._entries = np.repeat(selection.ordinals, selection.repeats)
@@ -175,7 +190,8 @@ class _View:
                 np.cumsum(selection.repeats) - selection.repeats, selection.repeats
             )
             borders = np.searchsorted(self._entries, [*chunks["first"], part.corpus.n])
-            self.sizes = np.diff(borders)[np.diff(borders) > 0]
+            self.chunks = np.flatnonzero(np.diff(borders))
+            self.sizes = np.diff(borders)[self.chunks]
 
     def resolve(self, entries: np.ndarray, epochs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(ordinals in the corpus, visits): each copy of a repeated sample is a visit of its own."""

@@ -126,6 +126,12 @@ class Order:
             stride += 1
         return int(window.samples[(window.at + 1 + (first + attempt * stride) % others) % len(window.samples)])
 
+    def chunks_at(self, lane: int, position: int) -> np.ndarray:
+        """The chunks of the window in which a lane is at `position`."""
+        number, offset = self._locate(lane, position)
+        start, stop, _ = self._bounds(number, (lane + number) % self.lanes, offset)
+        return self._epoch(number).permutation[start:stop]
+
     def epochs_over(self, lane: int, position: int) -> int:
         """How many epochs a lane has behind it at `position`."""
         return self._locate(lane, position)[0]
@@ -164,12 +170,7 @@ class Order:
         number, offset = self._locate(lane, position)
         epoch, segment = self._epoch(number), (lane + number) % self.lanes
         low, high = self._border(segment), self._border(segment + 1)
-        chunk, first, last = np.searchsorted(epoch.ends, [low + offset, low, high - 1], side="right").tolist()
-        # Windows of equal length to one chunk: a short last one would mix badly.
-        chunks = last + 1 - first
-        windows = max(1, chunks // self.window)
-        w = ((chunk - first + 1) * windows - 1) // chunks
-        start, stop = first + chunks * w // windows, first + chunks * (w + 1) // windows
+        start, stop, w = self._bounds(number, segment, offset)
         begin = max(low, int(epoch.ends[start - 1]) if start else 0)
 
         def make() -> np.ndarray:
@@ -183,6 +184,17 @@ class Order:
 
         samples = _kept(self._windows, (number, segment, w), make, 2 * self.lanes)
         return number, _Window(samples, low + offset - begin)
+
+    def _bounds(self, number: int, segment: int, offset: int) -> tuple[int, int, int]:
+        """Of the window that holds a segment's sample `offset`: its range in the permuted chunks, and its number."""
+        low, high = self._border(segment), self._border(segment + 1)
+        places = [low + offset, low, high - 1]
+        chunk, first, last = np.searchsorted(self._epoch(number).ends, places, side="right").tolist()
+        # Windows of equal length to one chunk: a short last one would mix badly.
+        chunks = last + 1 - first
+        windows = max(1, chunks // self.window)
+        w = ((chunk - first + 1) * windows - 1) // chunks
+        return first + chunks * w // windows, first + chunks * (w + 1) // windows, w
 
 
 def _kept(cache: OrderedDict[Key, Value], key: Key, make: Callable[[], Value], most: int) -> Value:

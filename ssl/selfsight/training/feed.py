@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import os
 from fractions import Fraction
 from pathlib import Path
 from typing import Protocol
 
+from selfsight.console import say
 from selfsight.errors import UserError, check_range
 from selfsight.recipe import PartConfig, Recipe
 from selfsight.shards import Corpus
@@ -67,6 +69,11 @@ class CorpusFeed:
     def loader(self, views: Views, *, run: Path, cluster: Cluster, start_step: int, total_steps: int) -> StepLoader:
         recipe, stream = self.recipe, self.recipe.stream
         assert stream.lanes is not None
+        here = -(-stream.lanes * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) // cluster.world_size)
+        for part in self.parts:
+            # Twice: while a window is read, the next one is fetched.
+            if cluster.rank == 0 and (warning := part.corpus.too_large_for_cache(here, 2 * stream.window)):
+                say(warning)
         mixture = Mixture(
             self.parts, batch_size=recipe.batch_size, lanes=stream.lanes, window=stream.window, seed=recipe.seed
         )
