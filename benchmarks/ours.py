@@ -1,0 +1,122 @@
+"""Our side of benchmarks/stream.py: the stream as a recipe uses it. Each function returns the work of one epoch."""
+
+import itertools
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.harness import Absent
+from benchmarks.jobs import SPECS
+from selfsight.shards import Corpus, decode_image
+from selfsight.stream.order import Order, auto_lanes
+from selfsight.stream.views import Views
+from selfsight.viewspec import CropSpec, ViewSpec
+
+Work = Callable[[], int]
+WINDOW = 16
+
+
+def order_of(corpus: Corpus, batch: int) -> Order:
+    lanes = auto_lanes(batch, len(corpus.chunks))
+    return Order(corpus.chunks["n"], batch_size=batch, lanes=lanes, window=WINDOW, seed=0)
+
+
+def views_of(job: str) -> Views:
+    return Centre() if job == "resize" else Views(SPECS[job], seed=0, decode=decode_image)
+
+
+class Centre(Views):
+    """The evaluation's transform in the place of random crops."""
+
+    def __init__(self) -> None:
+        from selfsight.weights.preprocess import EvalTransform, settings
+
+        super().__init__(ViewSpec((CropSpec("crop", 1, 224, (1.0, 1.0)),)), seed=0, decode=decode_image)
+        self.transform = EvalTransform(settings(224))
+
+    def into(self, image, ordinal: int, visit: int, out: dict[str, np.ndarray], i: int) -> None:
+        out["crop"][0, i] = self.transform.pixels(image)
+
+
+def ours_cpu(job: str, corpus: Path, batch: int, cores: int) -> Work:
+    """Batches of crops as the CPU makes them, uint8."""
+    from selfsight.stream.loader import StepLoader
+
+    opened = Corpus.open(corpus)
+    order, views, epochs = order_of(opened, batch), views_of(job), itertools.count()
+    steps = opened.n // batch
+
+    def epoch() -> int:
+        at = next(epochs) * steps
+        loader = StepLoader(opened, order, views, start_step=at, total_steps=at + steps, workers=cores)
+        return sum(len(part["ordinal"]) for step in loader for part in step)
+
+    return epoch
+
+
+def ours_gpu_fed(job: str, corpus: Path, batch: int, cores: int) -> Work:
+    """Batches as the device takes them to make the crops itself."""
+    raise Absent("not in this version")
+
+
+def ours_read(corpus: Path, cores: int) -> Work:
+    """Plain reading: every image of an epoch in its order, checked and decoded."""
+    opened = Corpus.open(corpus)
+    order, views, epochs = order_of(opened, 1), views_of("mae"), itertools.count()
+    pool = ThreadPoolExecutor(cores)
+
+    def part(steps: range) -> int:
+        for t in steps:
+            views.decode(opened.sample(int(order.step(t)[0][0])).data)
+        return len(steps)
+
+    def epoch() -> int:
+        at = next(epochs) * opened.n
+        return sum(pool.map(part, (range(at + i, at + opened.n, cores) for i in range(cores))))
+
+    return epoch
+
+
+def bare_decode(library: str, corpus: Path, cores: int) -> Work:
+    """The decode limit: the same bytes, in memory, decoded by as many threads and thrown away."""
+    opened = Corpus.open(corpus)
+    data = [opened.sample(i).data for i in range(opened.n)]
+    decode = _decoder(library)
+    pool = ThreadPoolExecutor(cores)
+
+    def part(items: list[bytes]) -> int:
+        for item in items:
+            decode(item)
+        return len(items)
+
+    return lambda: sum(pool.map(part, (data[i::cores] for i in range(cores))))
+
+
+def _decoder(library: str) -> Callable[[bytes], object]:
+    if library == "simplejpeg":
+        try:
+            import simplejpeg
+        except ImportError:
+            raise Absent("not installed") from None
+        return simplejpeg.decode_jpeg
+    from io import BytesIO
+
+    from PIL import Image
+
+    return lambda data: Image.open(BytesIO(data)).convert("RGB")
+
+
+def first_batch(corpus: Path, job: str, batch: int, epoch: int, cores: int) -> float:
+    """Seconds from nothing to the first batch of a run that goes on at `epoch`; call it in a fresh process."""
+    from selfsight.stream.loader import StepLoader
+
+    began = time.perf_counter()
+    opened = Corpus.open(corpus)
+    order, views = order_of(opened, batch), views_of(job)
+    at = epoch * (opened.n // batch)
+    loader = StepLoader(opened, order, views, start_step=at, total_steps=at + opened.n // batch, workers=cores)
+    next(iter(loader))
+    return time.perf_counter() - began
