@@ -72,12 +72,13 @@ class Training:
         import torch
 
         from selfsight import objectives
-        from selfsight.shards import Corpus, decode_image
+        from selfsight.shards import decode_image
         from selfsight.stream.loader import StepLoader
-        from selfsight.stream.order import Order
+        from selfsight.stream.mixture import Mixture
         from selfsight.stream.views import Views
         from selfsight.training import cluster, resolve
         from selfsight.training.engine import Engine
+        from selfsight.training.feed import open_parts
 
         self.cluster = cluster.join()
         if self.cluster.world_size > 1:
@@ -85,30 +86,26 @@ class Training:
         default = () if args.recipe else ON_GPU if self.cluster.device.type == "cuda" else ON_CPU
         self.recipe = recipe = resolve.load(args.recipe or RECIPE, [*default, *args.overrides])
         resolve.check(recipe)
-        if not recipe.corpus:
+        if not (recipe.corpus or recipe.mixture):
             n = max(LEAST_IMAGES, BATCHES * recipe.batch_size)
             recipe.corpus = str(prepare(args.images, work, n, shards=8)[1])
-        corpus = Corpus.open(recipe.corpus)
-        resolve.settle(recipe, chunks=len(corpus.chunks))
+        parts = open_parts(recipe)
+        resolve.settle(recipe, chunks=min(part.chunks for part in parts))
+        stream = recipe.stream
+        assert stream.lanes is not None
+        mixture = Mixture(
+            parts, batch_size=recipe.batch_size, lanes=stream.lanes, window=stream.window, seed=recipe.seed
+        )
         torch.manual_seed(recipe.seed)
         kind = objectives.find(recipe.objective_name)
         config = kind.Config(**{k: v for k, v in recipe.objective.items() if k != "name"})
         objective = kind(config, recipe.encoder, self.cluster.collective())
-        assert recipe.stream.lanes is not None
-        order = Order(
-            corpus.chunks["n"],
-            batch_size=recipe.batch_size,
-            lanes=recipe.stream.lanes,
-            window=recipe.stream.window,
-            seed=recipe.seed,
-        )
-        self.steps_per_epoch = corpus.n // recipe.batch_size
+        self.steps_per_epoch = mixture.n // recipe.batch_size
         self.loader = StepLoader(
-            corpus,
-            order,
+            mixture,
             Views(objective.views(), seed=recipe.seed, decode=decode_image),
             total_steps=sys.maxsize,
-            workers=recipe.stream.workers,
+            workers=stream.workers,
             accumulation=recipe.training.accumulation,
         )
         self.engine = Engine(objective, recipe, self.cluster)

@@ -22,7 +22,6 @@ COLOUR: dict[str, Any] = {
     "saturation": 0.2,
     "hue": 0.1,
     "grayscale": 0.2,
-    "blur_radius": (0.1, 2.0),
 }
 SPECS = {
     "dino": ViewSpec(

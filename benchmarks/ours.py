@@ -11,7 +11,8 @@ import numpy as np
 from benchmarks.harness import Absent
 from benchmarks.jobs import SPECS
 from selfsight.shards import Corpus, decode_image
-from selfsight.stream.order import Order, auto_lanes
+from selfsight.stream.mixture import Mixture, Part
+from selfsight.stream.order import auto_lanes
 from selfsight.stream.views import Views
 from selfsight.viewspec import CropSpec, ViewSpec
 
@@ -19,9 +20,9 @@ Work = Callable[[], int]
 WINDOW = 16
 
 
-def order_of(corpus: Corpus, batch: int) -> Order:
-    lanes = auto_lanes(batch, len(corpus.chunks))
-    return Order(corpus.chunks["n"], batch_size=batch, lanes=lanes, window=WINDOW, seed=0)
+def mixture_of(corpus: Corpus, batch: int) -> Mixture:
+    part = Part(corpus)
+    return Mixture([part], batch_size=batch, lanes=auto_lanes(batch, part.chunks), window=WINDOW, seed=0)
 
 
 def views_of(job: str) -> Views:
@@ -46,12 +47,12 @@ def ours_cpu(job: str, corpus: Path, batch: int, cores: int) -> Work:
     from selfsight.stream.loader import StepLoader
 
     opened = Corpus.open(corpus)
-    order, views, epochs = order_of(opened, batch), views_of(job), itertools.count()
+    mixture, views, epochs = mixture_of(opened, batch), views_of(job), itertools.count()
     steps = opened.n // batch
 
     def epoch() -> int:
         at = next(epochs) * steps
-        loader = StepLoader(opened, order, views, start_step=at, total_steps=at + steps, workers=cores)
+        loader = StepLoader(mixture, views, start_step=at, total_steps=at + steps, workers=cores)
         return sum(len(part["ordinal"]) for step in loader for part in step)
 
     return epoch
@@ -62,20 +63,21 @@ def ours_gpu_fed(job: str, corpus: Path, batch: int, cores: int) -> Work:
     raise Absent("not in this version")
 
 
-def ours_read(corpus: Path, cores: int) -> Work:
+def ours_read(corpus: Path, batch: int, cores: int) -> Work:
     """Plain reading: every image of an epoch in its order, checked and decoded."""
     opened = Corpus.open(corpus)
-    order, views, epochs = order_of(opened, 1), views_of("mae"), itertools.count()
+    mixture, views, epochs = mixture_of(opened, batch), views_of("mae"), itertools.count()
+    steps = opened.n // batch
     pool = ThreadPoolExecutor(cores)
 
-    def part(steps: range) -> int:
-        for t in steps:
-            views.decode(opened.sample(int(order.step(t)[0][0])).data)
-        return len(steps)
+    def read(ordinals: list[int]) -> int:
+        for ordinal in ordinals:
+            views.decode(opened.sample(ordinal).data)
+        return len(ordinals)
 
     def epoch() -> int:
-        at = next(epochs) * opened.n
-        return sum(pool.map(part, (range(at + i, at + opened.n, cores) for i in range(cores))))
+        at = next(epochs) * steps
+        return sum(pool.map(read, (mixture.step(t).ordinal.tolist() for t in range(at, at + steps))))
 
     return epoch
 
@@ -115,8 +117,8 @@ def first_batch(corpus: Path, job: str, batch: int, epoch: int, cores: int) -> f
 
     began = time.perf_counter()
     opened = Corpus.open(corpus)
-    order, views = order_of(opened, batch), views_of(job)
+    mixture, views = mixture_of(opened, batch), views_of(job)
     at = epoch * (opened.n // batch)
-    loader = StepLoader(opened, order, views, start_step=at, total_steps=at + opened.n // batch, workers=cores)
+    loader = StepLoader(mixture, views, start_step=at, total_steps=at + opened.n // batch, workers=cores)
     next(iter(loader))
     return time.perf_counter() - began

@@ -56,7 +56,7 @@ def main() -> None:
         args.work = Path(folder)
         say(f"{n} photographs {'from ' + source.name if source else 'are drawn'}, {args.cores} cores")
         prepare(source, args.work, n, shards=4 * args.cores)
-        rows = measure(args, stack)
+        rows = measure(args, n, stack)
         rows += resume(args)
     here |= {"cores used": args.cores, "images": n, "source": source.name if source else "drawn"}
     harness.report("stream", here, rows, args)
@@ -91,16 +91,22 @@ def wanted(args: argparse.Namespace, name: str) -> bool:
     return not args.quick or name in QUICK
 
 
-def measure(args: argparse.Namespace, stack: ExitStack) -> list[Row]:
+def measure(args: argparse.Namespace, n: int, stack: ExitStack) -> list[Row]:
     rivals: dict[str, Rival] = {}
     for name in (READING, *BARE, CPU_PATH, GPU_FED, *PEERS):
         if wanted(args, name):
             rivals[name] = Rival(name, again(args, "--rival", name))
             stack.callback(rivals[name].close)
 
+    def ask(name: str, job: str) -> Sample:
+        sample = rivals[name].run(job)
+        if sample.images != n:
+            raise Absent(f"delivered {sample.images} of {n} images")
+        return sample
+
     def asked(job: str, names: tuple[str, ...]) -> dict[str, list[Sample] | Absent]:
         say(f"measuring: {JOBS.get(job, 'plain reading')}")
-        return harness.interleave({n: partial(rivals[n].run, job) for n in names if n in rivals}, args.repeats)
+        return harness.interleave({name: partial(ask, name, job) for name in names if name in rivals}, args.repeats)
 
     reading = asked("read", (READING, *BARE))
     limit = max(
@@ -143,7 +149,7 @@ def rival(args: argparse.Namespace) -> None:
         if args.rival in BARE:
             return ours.bare_decode(args.rival, corpus, args.cores)
         if args.rival == READING:
-            return ours.ours_read(corpus, args.cores)
+            return ours.ours_read(corpus, args.batch, args.cores)
         if args.rival in PEERS:
             return PEERS[args.rival](job, images, corpus, args.work, args.batch, args.cores)
         path = ours.ours_cpu if args.rival == CPU_PATH else ours.ours_gpu_fed
