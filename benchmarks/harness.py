@@ -105,7 +105,11 @@ class Absent(Exception):
 
 
 class Rival:
-    """A process that answers jobs: `command` is a script that calls `serve`. End it with `close`."""
+    """A process that answers jobs: `command` is a script that calls `serve`. End it with `close`.
+
+    It and its workers stand still between their answers: some read ahead, which would neither be counted nor leave the
+    others in peace.
+    """
 
     def __init__(self, name: str, command: Sequence[str]) -> None:
         self.name = name
@@ -118,6 +122,7 @@ class Rival:
         """Raises Absent where it does not do that job, or died, or fell silent."""
         assert self._process.stdin
         assert self._process.stdout
+        self._signal(signal.SIGCONT)
         with suppress(BrokenPipeError):
             self._process.stdin.write(f"{job}\n".encode())
             self._process.stdin.flush()
@@ -126,15 +131,19 @@ class Rival:
         if not line:
             self.close()
             raise Absent("its process died" if ready else f"no answer for {PATIENCE:.0f} s")
+        self._signal(signal.SIGSTOP)
         answer = json.loads(line)
         if "absent" in answer:
             raise Absent(answer["absent"])
         return Sample(**answer)
 
     def close(self) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # its own session: it and its workers
+        self._signal(signal.SIGKILL)
         self._process.wait()
+
+    def _signal(self, number: int) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)  # its own session: it and its workers
 
 
 def serve(prepare: Callable[[str], Callable[[], int]]) -> None:
@@ -194,7 +203,7 @@ def machine(packages: Sequence[str] = ()) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "packages": versions,
-        "load": round(os.getloadavg()[0], 1),  # over the last minute, before the benchmark: what else was running
+        "load": round(os.getloadavg()[0], 1),  # of the minute before: what else was running
     }
 
 
@@ -228,7 +237,9 @@ def describe(here: dict[str, Any]) -> str:
     """The machine in one line."""
     packages = ", ".join(f"{k} {v}" for k, v in here["packages"].items())
     parts = [here["cpu"], f"{here['cores']} cores", f"{here['memory_gib']} GiB", here["gpu"] or "no GPU"]
-    return ", ".join([*parts, here["system"], f"Python {here['python']}", packages, f"load {here['load']}"])
+    parts += [here["system"], f"Python {here['python']}", packages]
+    named = ("cpu", "cores", "memory_gib", "gpu", "system", "python", "packages")
+    return ", ".join([*parts, *(f"{key} {value}" for key, value in here.items() if key not in named)])
 
 
 def table(rows: Sequence[Row]) -> str:

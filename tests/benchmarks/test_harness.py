@@ -135,6 +135,20 @@ def test_a_rival_answers_or_says_why_not(job, reason):
         rival.close()
 
 
+def test_a_rival_stands_still_between_its_answers():
+    """What it would do ahead of the next question would not be counted."""
+    rival = Rival("r", [sys.executable, "-c", RIVAL])
+    try:
+        for _ in range(2):
+            assert rival.run("works").images == 7
+            # Returns once the kernel has stopped it: a process that answers is on its way to a stop.
+            stopped = os.waitid(os.P_PID, rival._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+            assert stopped is not None
+            assert stopped.si_code == os.CLD_STOPPED
+    finally:
+        rival.close()
+
+
 def test_writing_into_a_page_replaces_its_place_and_nothing_else(tmp_path, rows):
     page = tmp_path / "benchmarks.md"
     page.write_text("before\n<!-- stream -->\nold\n<!-- end of stream -->\nafter\n")
