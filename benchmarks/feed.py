@@ -72,7 +72,6 @@ class Training:
         import torch
 
         from selfsight import objectives
-        from selfsight.shards import decode_image
         from selfsight.stream.loader import StepLoader
         from selfsight.stream.mixture import Mixture
         from selfsight.stream.views import Views
@@ -103,7 +102,7 @@ class Training:
         self.steps_per_epoch = mixture.n // recipe.batch_size
         self.loader = StepLoader(
             mixture,
-            Views(objective.views(), seed=recipe.seed, decode=decode_image),
+            Views(objective.views(), seed=recipe.seed),
             total_steps=sys.maxsize,
             workers=stream.workers,
             accumulation=recipe.training.accumulation,

@@ -23,6 +23,7 @@ COLOUR: dict[str, Any] = {
     "hue": 0.1,
     "grayscale": 0.2,
 }
+EIGHTHS = (224 / 256) ** 2  # of the area: what the centre crop leaves of a square
 SPECS = {
     "dino": ViewSpec(
         (
@@ -31,6 +32,7 @@ SPECS = {
         )
     ),
     "mae": ViewSpec((CropSpec("crop", 1, 224, (0.2, 1.0)),)),
+    "resize": ViewSpec((CropSpec("crop", 1, 224, (EIGHTHS, EIGHTHS), ratio=(1.0, 1.0), flip=0.0),)),
 }
 
 

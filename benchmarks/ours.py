@@ -10,11 +10,11 @@ import numpy as np
 
 from benchmarks.harness import Absent
 from benchmarks.jobs import SPECS
-from selfsight.shards import Corpus, decode_image
-from selfsight.stream.mixture import Mixture, Part
+from selfsight.shards import Corpus, decode_pixels
+from selfsight.stream.draw import HEIGHT, LEFT, TOP, WIDTH
+from selfsight.stream.mixture import Mixture, Part, Slots
 from selfsight.stream.order import auto_lanes
 from selfsight.stream.views import Views
-from selfsight.viewspec import CropSpec, ViewSpec
 
 Work = Callable[[], int]
 WINDOW = 16
@@ -26,20 +26,18 @@ def mixture_of(corpus: Corpus, batch: int) -> Mixture:
 
 
 def views_of(job: str) -> Views:
-    return Centre() if job == "resize" else Views(SPECS[job], seed=0, decode=decode_image)
+    return (Centre if job == "resize" else Views)(SPECS[job], seed=0)
 
 
 class Centre(Views):
-    """The evaluation's transform in the place of random crops."""
+    """Shorter side to 256 and 224 from the centre are one box of the source."""
 
-    def __init__(self) -> None:
-        from selfsight.weights.preprocess import EvalTransform, settings
-
-        super().__init__(ViewSpec((CropSpec("crop", 1, 224, (1.0, 1.0)),)), seed=0, decode=decode_image)
-        self.transform = EvalTransform(settings(224))
-
-    def into(self, image, ordinal: int, visit: int, out: dict[str, np.ndarray], i: int) -> None:
-        out["crop"][0, i] = self.transform.pixels(image)
+    def _draw(self, name: str, image: np.ndarray, ordinal: int, visit: int, rows: np.ndarray) -> None:
+        super()._draw(name, image, ordinal, visit, rows)
+        height, width = image.shape[:2]
+        side = round(min(height, width) * 224 / 256)
+        rows[:, LEFT], rows[:, TOP] = (width - side) // 2, (height - side) // 2
+        rows[:, WIDTH] = rows[:, HEIGHT] = side
 
 
 def ours_cpu(job: str, corpus: Path, batch: int, cores: int) -> Work:
@@ -59,25 +57,38 @@ def ours_cpu(job: str, corpus: Path, batch: int, cores: int) -> Work:
 
 
 def ours_gpu_fed(job: str, corpus: Path, batch: int, cores: int) -> Work:
-    """Batches as the device takes them to make the crops itself."""
-    raise Absent("not in this version")
+    """Batches as the device takes them to make the crops itself: decoded, shrunk to the canvas, parameters drawn."""
+    opened, views = Corpus.open(corpus), views_of(job)
+
+    def stage(slots: Slots) -> int:
+        out = {name: np.empty(shape, kind) for name, (shape, kind) in views.staging_shapes(batch).items()}
+        for i, (ordinal, visit) in enumerate(zip(slots.ordinal.tolist(), slots.visit.tolist(), strict=True)):
+            views.stage(views.decode(opened.sample(ordinal).data), ordinal, visit, out, i)
+        return batch
+
+    return in_threads(stage, opened, batch, cores)
 
 
 def ours_read(corpus: Path, batch: int, cores: int) -> Work:
-    """Plain reading: every image of an epoch in its order, checked and decoded."""
+    """Plain reading: every image of an epoch in its order, checked and decoded whole."""
     opened = Corpus.open(corpus)
-    mixture, views, epochs = mixture_of(opened, batch), views_of("mae"), itertools.count()
-    steps = opened.n // batch
-    pool = ThreadPoolExecutor(cores)
 
-    def read(ordinals: list[int]) -> int:
-        for ordinal in ordinals:
-            views.decode(opened.sample(ordinal).data)
-        return len(ordinals)
+    def read(slots: Slots) -> int:
+        for ordinal in slots.ordinal.tolist():
+            decode_pixels(opened.sample(ordinal).data)
+        return batch
+
+    return in_threads(read, opened, batch, cores)
+
+
+def in_threads(work: Callable[[Slots], int], corpus: Corpus, batch: int, cores: int) -> Work:
+    """The steps of one epoch after the other, a thread for each."""
+    mixture, steps, epochs = mixture_of(corpus, batch), corpus.n // batch, itertools.count()
+    pool = ThreadPoolExecutor(cores)
 
     def epoch() -> int:
         at = next(epochs) * steps
-        return sum(pool.map(read, (mixture.step(t).ordinal.tolist() for t in range(at, at + steps))))
+        return sum(pool.map(work, (mixture.step(t) for t in range(at, at + steps))))
 
     return epoch
 
