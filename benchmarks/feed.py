@@ -44,7 +44,7 @@ def main() -> None:
     os.dup2(answers, 1)
     recipe = training.recipe
     here |= {"recipe": f"{recipe.objective_name} {recipe.encoder.name}, batch {recipe.batch_size}"}
-    here |= {"precision": recipe.training.precision, "workers": training.loader.workers}
+    here |= {"precision": recipe.training.precision, "crops": recipe.stream.crops, "workers": training.loader.workers}
     harness.report("feed", here, rows(found), args)
 
 
@@ -106,6 +106,7 @@ class Training:
             total_steps=sys.maxsize,
             workers=stream.workers,
             accumulation=recipe.training.accumulation,
+            staged=stream.crops == "device",
         )
         self.engine = Engine(objective, recipe, self.cluster)
         self.done = 0
@@ -134,7 +135,7 @@ class Training:
         from selfsight.stream.loader import to_device
 
         for step in self.loader:
-            yield [to_device(batch, self.cluster.device) for batch in step]
+            yield [to_device(batch, self.cluster.device, self.loader.views.spec) for batch in step]
 
     def _steps(self, batches: Iterator[list[dict[str, Any]]], count: int) -> int:
         """Trains `count` steps; returns the number of images, once the device has finished with them."""

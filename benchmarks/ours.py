@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.harness import Absent
 from benchmarks.jobs import SPECS
 from selfsight.shards import Corpus, decode_pixels
 from selfsight.stream.draw import HEIGHT, LEFT, TOP, WIDTH
@@ -40,8 +39,8 @@ class Centre(Views):
         rows[:, WIDTH] = rows[:, HEIGHT] = side
 
 
-def ours_cpu(job: str, corpus: Path, batch: int, cores: int) -> Work:
-    """Batches of crops as the CPU makes them, uint8."""
+def loaded(job: str, corpus: Path, batch: int, cores: int, *, staged: bool) -> Work:
+    """Batches as the loader hands them out: of uint8 crops, or `staged`, for the device to make the crops."""
     from selfsight.stream.loader import StepLoader
 
     opened = Corpus.open(corpus)
@@ -50,45 +49,27 @@ def ours_cpu(job: str, corpus: Path, batch: int, cores: int) -> Work:
 
     def epoch() -> int:
         at = next(epochs) * steps
-        loader = StepLoader(mixture, views, start_step=at, total_steps=at + steps, workers=cores)
+        loader = StepLoader(mixture, views, start_step=at, total_steps=at + steps, workers=cores, staged=staged)
         return sum(len(part["ordinal"]) for step in loader for part in step)
 
     return epoch
-
-
-def ours_gpu_fed(job: str, corpus: Path, batch: int, cores: int) -> Work:
-    """Batches as the device takes them to make the crops itself: decoded, shrunk to the canvas, parameters drawn."""
-    opened, views = Corpus.open(corpus), views_of(job)
-
-    def stage(slots: Slots) -> int:
-        out = {name: np.empty(shape, kind) for name, (shape, kind) in views.staging_shapes(batch).items()}
-        for i, (ordinal, visit) in enumerate(zip(slots.ordinal.tolist(), slots.visit.tolist(), strict=True)):
-            views.stage(views.decode(opened.sample(ordinal).data), ordinal, visit, out, i)
-        return batch
-
-    return in_threads(stage, opened, batch, cores)
 
 
 def ours_read(corpus: Path, batch: int, cores: int) -> Work:
     """Plain reading: every image of an epoch in its order, checked and decoded whole."""
     opened = Corpus.open(corpus)
 
+    mixture, steps, epochs = mixture_of(opened, batch), opened.n // batch, itertools.count()
+    pool = ThreadPoolExecutor(cores)
+
     def read(slots: Slots) -> int:
         for ordinal in slots.ordinal.tolist():
             decode_pixels(opened.sample(ordinal).data)
         return batch
 
-    return in_threads(read, opened, batch, cores)
-
-
-def in_threads(work: Callable[[Slots], int], corpus: Corpus, batch: int, cores: int) -> Work:
-    """The steps of one epoch after the other, a thread for each."""
-    mixture, steps, epochs = mixture_of(corpus, batch), corpus.n // batch, itertools.count()
-    pool = ThreadPoolExecutor(cores)
-
     def epoch() -> int:
         at = next(epochs) * steps
-        return sum(pool.map(work, (mixture.step(t) for t in range(at, at + steps))))
+        return sum(pool.map(read, (mixture.step(t) for t in range(at, at + steps))))
 
     return epoch
 
@@ -110,10 +91,8 @@ def bare_decode(library: str, corpus: Path, cores: int) -> Work:
 
 def _decoder(library: str) -> Callable[[bytes], object]:
     if library == "simplejpeg":
-        try:
-            import simplejpeg
-        except ImportError:
-            raise Absent("not installed") from None
+        import simplejpeg
+
         return simplejpeg.decode_jpeg
     from io import BytesIO
 

@@ -154,7 +154,7 @@ def rival(args: argparse.Namespace) -> None:
             return ours.ours_read(corpus, args.batch, args.cores)
         if name in PEERS:
             return PEERS[name](job, args.work / "images", corpus, args.work, args.batch, args.cores)
-        return (ours.ours_cpu if name == CPU_PATH else ours.ours_gpu_fed)(job, corpus, args.batch, args.cores)
+        return ours.loaded(job, corpus, args.batch, args.cores, staged=name == GPU_FED)
 
     def prepared(job: str) -> ours.Work:
         work = epoch(job)
