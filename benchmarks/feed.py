@@ -28,6 +28,7 @@ ON_CPU = (
     *("batch_size=8", "stream.workers=null", "encoder.name=vit_tiny_patch16_224", "encoder.args={depth: 2}"),
     *("objective.out_dim=1024", "objective.hidden_dim=256", "objective.local_crops_number=2"),
 )
+STEPS = 10**6  # of the run that is pretended, which nobody waits for
 LEAST_IMAGES, BATCHES = 512, 4  # of the corpus: at least so many, and so many batches
 
 
@@ -44,7 +45,7 @@ def main() -> None:
     os.dup2(answers, 1)
     recipe = training.recipe
     here |= {"recipe": f"{recipe.objective_name} {recipe.encoder.name}, batch {recipe.batch_size}"}
-    here |= {"precision": recipe.training.precision, "crops": recipe.stream.crops, "workers": training.loader.workers}
+    here |= {"precision": recipe.training.precision, "crops": recipe.stream.crops, "workers": recipe.stream.workers}
     harness.report("feed", here, rows(found), args)
 
 
@@ -72,12 +73,10 @@ class Training:
         import torch
 
         from selfsight import objectives
-        from selfsight.stream.loader import StepLoader
-        from selfsight.stream.mixture import Mixture
         from selfsight.stream.views import Views
         from selfsight.training import cluster, resolve
         from selfsight.training.engine import Engine
-        from selfsight.training.feed import open_parts
+        from selfsight.training.feed import names_images, open_feed
 
         self.cluster = cluster.join()
         if self.cluster.world_size > 1:
@@ -85,29 +84,18 @@ class Training:
         default = () if args.recipe else ON_GPU if self.cluster.device.type == "cuda" else ON_CPU
         self.recipe = recipe = resolve.load(args.recipe or RECIPE, [*default, *args.overrides])
         resolve.check(recipe)
-        if not (recipe.corpus or recipe.mixture):
+        if not names_images(recipe):
             n = max(LEAST_IMAGES, BATCHES * recipe.batch_size)
             recipe.corpus = str(prepare(args.images, work, n, shards=8)[1])
-        parts = open_parts(recipe)
-        resolve.settle(recipe, chunks=min(part.chunks for part in parts))
-        stream = recipe.stream
-        assert stream.lanes is not None
-        mixture = Mixture(
-            parts, batch_size=recipe.batch_size, lanes=stream.lanes, window=stream.window, seed=recipe.seed
-        )
+        feed = open_feed(recipe)
+        resolve.settle(recipe, chunks=feed.chunks)
         torch.manual_seed(recipe.seed)
         kind = objectives.find(recipe.objective_name)
         config = kind.Config(**{k: v for k, v in recipe.objective.items() if k != "name"})
         objective = kind(config, recipe.encoder, self.cluster.collective())
-        self.steps_per_epoch = mixture.n // recipe.batch_size
-        self.loader = StepLoader(
-            mixture,
-            Views(objective.views(), seed=recipe.seed),
-            total_steps=sys.maxsize,
-            workers=stream.workers,
-            accumulation=recipe.training.accumulation,
-            staged=stream.crops == "device",
-        )
+        self.steps_per_epoch = feed.n // recipe.batch_size
+        views = Views(objective.views(), seed=recipe.seed)
+        self.loader = feed.loader(views, run=work, cluster=self.cluster, start_step=0, total_steps=STEPS)
         self.engine = Engine(objective, recipe, self.cluster)
         self.done = 0
 
@@ -121,7 +109,7 @@ class Training:
         self._steps(_forever(still), 2)
         steps = max(2, round(2 * seconds / (time.perf_counter() - began)))
         # What was read ahead while training stood on its own batch must not count for the stream.
-        ahead = 2 * self.loader.workers + 1
+        ahead = 2 * (self.recipe.stream.workers or 0) + 1
         found: dict[str, list[Sample]] = {"one batch kept on the device": [], "fed from JPEG shards": []}
         for segment in range(segments):
             say(f"segment {segment + 1} of {segments}: {steps} steps each")
@@ -144,7 +132,7 @@ class Training:
         from selfsight.objectives import Progress
 
         for _ in range(count):
-            self.engine.step(next(batches), Progress(self.done, self.steps_per_epoch, 10**6))
+            self.engine.step(next(batches), Progress(self.done, self.steps_per_epoch, STEPS))
             self.done += 1
         if self.cluster.device.type == "cuda":
             torch.cuda.synchronize()
