@@ -109,7 +109,7 @@ class Corpus:
         if not 0 <= ordinal < self.n:
             raise IndexError(f"sample {ordinal} of a corpus of {self.n}")
         self._in_this_process()
-        chunk = int(np.searchsorted(self.chunks["first"], ordinal, side="right")) - 1
+        chunk = int(np.searchsorted(self._firsts, ordinal, side="right")) - 1
         shard, at = self.manifest.shards[self.chunks["shard"][chunk]], ordinal - int(self.chunks["first"][chunk])
         extensions, found = self._known(chunk, shard)
         begin, end, data_offset, size, crc32c, extent_crc32c, label = found[at].tolist()
@@ -118,7 +118,7 @@ class Corpus:
             extent = self._store.span(shard.tar, begin, end, run=run, digest=shard.sha256, again=again)
             if sound := google_crc32c.value(extent) == extent_crc32c:
                 break
-        data = extent[data_offset - begin :][:size]
+        data = extent[data_offset - begin : data_offset - begin + size]
         if not sound:
             damage = _damage(extent, end - begin, data if google_crc32c.value(data) != crc32c else None)
             raise tar.DamagedTar(
@@ -145,7 +145,7 @@ class Corpus:
 
     def whereabouts(self, ordinal: int) -> str:
         """Sample and shard, for messages."""
-        chunk = int(np.searchsorted(self.chunks["first"], ordinal, side="right")) - 1
+        chunk = int(np.searchsorted(self._firsts, ordinal, side="right")) - 1
         return f"{key_of(ordinal)} in {self._store.locate(self.manifest.shards[self.chunks['shard'][chunk]].tar)}"
 
     def labels(self) -> np.ndarray | None:
@@ -196,6 +196,8 @@ class Corpus:
             raise UserError(f"{name} cannot be read ({e}): restore it, or build the corpus again") from None
         if foreign or self.chunks.dtype != CHUNK_DTYPE or self.chunks.shape != (self.manifest.chunks,):
             raise UserError(f"{name} is not that of the manifest: restore it, or build the corpus again")
+        # Of another type, or with gaps between its items, it would be copied at every search.
+        self._firsts = self.chunks["first"].astype(np.int64)
 
     def _run(self, chunk: int) -> tuple[int, int]:
         """The bytes of a chunk in its shard: [start, stop)."""
