@@ -8,7 +8,6 @@ from selfsight.objectives import find
 from selfsight.objectives.base import PairConfig, pair_features
 from selfsight.recipe import EncoderConfig
 
-
 NAMES = ["barlow_twins", "byol", "moco_v3", "simclr", "vicreg"]
 
 
@@ -68,6 +67,15 @@ def test_teachers_start_as_their_students_and_stand_outside_the_graph(harness, n
             assert torch.equal(x, y)
         assert not any(p.requires_grad for p in teacher.parameters())
     assert len(objective.teacher_pairs()) == (2 if name in ("byol", "moco_v3") else 0)  # the predictor has none
+
+
+@pytest.mark.parametrize("name", ["byol", "simclr"])
+def test_the_patch_projection_can_be_frozen(harness, name):
+    frozen = [
+        n for n, p in build(harness, name, freeze_patch_embed=True).student.named_parameters() if not p.requires_grad
+    ]
+    assert frozen == ["vit.patch_embed.proj.weight", "vit.patch_embed.proj.bias"]
+    assert all(p.requires_grad for p in build(harness, name).student.parameters())
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "simclr"])
