@@ -131,7 +131,7 @@ def test_two_processes_equal_one(harness, tmp_path):
     assert sorted(found) == available()
     for name, joined in found.items():
         alone = harness.small(name)
-        loss = alone(harness.make_batch(alone, 6), harness.START).loss
+        loss = alone(harness.make_exact(alone, 6), harness.START).loss
         loss.backward()
         alone.after_step()
         torch.testing.assert_close(joined["loss"], loss.detach())

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from einops import rearrange
 from torch import Tensor, nn
 
 from selfsight.collective import Collective
@@ -86,6 +87,13 @@ class PairConfig:
             solarize=tuple(self.solarize),
         )
         return ViewSpec((pair,))
+
+
+def pair_features(encoder: Encoder, pair: Tensor) -> Tensor:
+    """pair (2, B, 3, S, S) → (2, B, D) in one forward: the class token, or the mean patch where there is none."""
+    tokens = encoder(rearrange(pair, "v b c h w -> (v b) c h w"))
+    features = tokens.avg if tokens.cls is None else tokens.cls
+    return rearrange(features, "(v b) d -> v b d", v=len(pair))
 
 
 def cosine_momentum(start: float, progress: Progress) -> float:
