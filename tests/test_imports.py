@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-GROUND = {"collective", "console", "errors", "files", "machine", "recipe", "viewspec"}
+GROUND = {"collective", "console", "errors", "files", "machine", "masks", "recipe", "viewspec"}
 # room → the rooms it may import, beside itself and the ground
 ROOMS = {
     "shards": set(),
     "corpus": {"shards"},
     "stream": {"shards"},
     "encoders": set(),
-    "objectives": {"encoders"},
+    "losses": set(),
+    "objectives": {"encoders", "losses"},
     "weights": {"encoders"},
     "training": {"objectives", "encoders", "stream", "shards", "weights"},
 }

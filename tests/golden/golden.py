@@ -99,3 +99,21 @@ def from_mae(ours: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _of_decoder(name: str) -> bool:
     return name.startswith(("decoder_", "mask_token"))
+
+
+def to_dinov2(official: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The names of SSLMetaArch and its two losses as they are in our DINOv2. The teacher's mask token has no use."""
+    whole = {
+        "dino_loss.center": "center",
+        "ibot_patch_loss.center": "patch_center.value",
+        "student.backbone.mask_token": "mask_token",
+    }
+    parts = {"backbone": ".vit", "dino_head": "_head", "ibot_head": "_patch_head"}
+    renamed = {}
+    for name, w in official.items():
+        if name in whole:
+            renamed[whole[name]] = w.flatten() if "center" in name else w
+        elif name != "teacher.backbone.mask_token":
+            who, part, rest = name.split(".", 2)
+            renamed[f"{who}{parts[part]}.{rest}"] = w
+    return renamed

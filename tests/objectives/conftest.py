@@ -1,8 +1,6 @@
 """The conformance harness, which is a program for other processes as well as a module for the tests here."""
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -17,17 +15,3 @@ def harness() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture
-def run_two(tmp_path):
-    """Runs a file as a program in two processes: FILE RANK RENDEZVOUS ARGUMENTS…"""
-
-    def run(file: str, *arguments: str) -> None:
-        command = [sys.executable, file]
-        rest = [str(tmp_path / "rendezvous"), *arguments]
-        ranks = [subprocess.Popen([*command, str(r), *rest], stderr=subprocess.PIPE, text=True) for r in range(2)]
-        errors = [rank.communicate(timeout=240)[1] for rank in ranks]
-        assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
-
-    return run

@@ -56,12 +56,20 @@ class Encoder(nn.Module):
         self.table_grid: tuple[int, int] = tuple(vit.patch_embed.grid_size)  # of the position table
         self._matrices: dict[tuple, Tensor] = {}
 
-    def forward(self, images: Tensor, keep: Tensor | None = None) -> Tokens:
+    def forward(
+        self,
+        images: Tensor,
+        keep: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        mask_token: Tensor | None = None,
+    ) -> Tokens:
         """images (B, 3, H, W) float, normalised; keep (B, n_keep) int64 indices of the patches that the blocks see.
 
-        Raises UserError if H or W is not a multiple of the patch size.
+        Where mask (B, N) is true, mask_token (1, D) stands for the patch's content (BEiT, iBOT, DINOv2): the blocks
+        see where the patch is, not what it shows. Raises UserError if H or W is not a multiple of the patch size.
         """
-        x_BTD, grid = self.prepare_tokens(images, keep)
+        x_BTD, grid = self.prepare_tokens(images, keep, mask=mask, mask_token=mask_token)
         for block in self.vit.blocks:
             x_BTD = block(x_BTD)
         return self._split(self.vit.norm(x_BTD), grid if keep is None else None)
@@ -93,7 +101,14 @@ class Encoder(nn.Module):
         q, k = last.attn.q_norm(qkv[0]), last.attn.k_norm(qkv[1])
         return ((q * last.attn.scale) @ k.transpose(-2, -1)).softmax(dim=-1)
 
-    def prepare_tokens(self, images: Tensor, keep: Tensor | None = None) -> tuple[Tensor, tuple[int, int]]:
+    def prepare_tokens(
+        self,
+        images: Tensor,
+        keep: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        mask_token: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[int, int]]:
         """What the first block sees, (B, T, D), and the grid of the patches before any were left out."""
         vit = self.vit
         height, width = images.shape[-2:]
@@ -105,6 +120,8 @@ class Encoder(nn.Module):
         x_BhwD = vit.patch_embed(images)
         grid = (x_BhwD.shape[1], x_BhwD.shape[2])
         x_BND = rearrange(x_BhwD, "b h w d -> b (h w) d")
+        if mask is not None and mask_token is not None:
+            x_BND = torch.where(mask.unsqueeze(-1), mask_token.to(x_BND.dtype), x_BND)
         prefix_BPD = self._prefix()
         positions = self.position_table(grid)
         if positions is not None:

@@ -40,17 +40,18 @@ class DINOHead(nn.Module):
         nlayers: int = 3,
         use_bn: bool = False,
         norm_last_layer: bool = True,
+        mlp_bias: bool = True,
     ) -> None:
         super().__init__()
         nlayers = max(nlayers, 1)
         if nlayers == 1:
-            self.mlp = nn.Linear(in_dim, bottleneck_dim)
+            self.mlp = nn.Linear(in_dim, bottleneck_dim, bias=mlp_bias)
         else:
             layers: list[nn.Module] = []
             for width in [in_dim] + [hidden_dim] * (nlayers - 2):
                 norm = [nn.BatchNorm1d(hidden_dim)] if use_bn else []
-                layers += [nn.Linear(width, hidden_dim), *norm, nn.GELU()]
-            self.mlp = nn.Sequential(*layers, nn.Linear(hidden_dim, bottleneck_dim))
+                layers += [nn.Linear(width, hidden_dim, bias=mlp_bias), *norm, nn.GELU()]
+            self.mlp = nn.Sequential(*layers, nn.Linear(hidden_dim, bottleneck_dim, bias=mlp_bias))
         self.apply(init_linear)
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
         self.last_layer.weight_g.requires_grad_(not norm_last_layer)

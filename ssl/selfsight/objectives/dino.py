@@ -74,7 +74,7 @@ class DINO(Objective):
 
         self.teacher = encoders.build(encoder, drop_path=False, pos_interpolation="dino")
         self.teacher_head = self._head()
-        for student, teacher in self.teacher_pairs():
+        for student, teacher in DINO.teacher_pairs(self):
             teacher.load_state_dict(student.state_dict())
             teacher.requires_grad_(False)
 
@@ -82,11 +82,11 @@ class DINO(Objective):
         self.register_buffer("pending_sum", torch.zeros(config.out_dim), persistent=False)
         self.register_buffer("pending_rows", torch.zeros(1), persistent=False)
 
-    def _head(self) -> encoders.DINOHead:
+    def _head(self, out_dim: int | None = None) -> encoders.DINOHead:
         c = self.config
         return encoders.DINOHead(
             self.student.embed_dim,
-            c.out_dim,
+            out_dim or c.out_dim,
             hidden_dim=c.hidden_dim,
             bottleneck_dim=c.bottleneck_dim,
             nlayers=c.head_layers,

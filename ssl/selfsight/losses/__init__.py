@@ -1,0 +1,8 @@
+"""Losses and targets that several objectives share: functions of tensors, and of the other ranks through a Collective."""
+
+from selfsight.losses.center import Center
+from selfsight.losses.ibot import ibot_loss
+from selfsight.losses.koleo import koleo
+from selfsight.losses.sinkhorn import sinkhorn_knopp
+
+__all__ = ["Center", "ibot_loss", "koleo", "sinkhorn_knopp"]

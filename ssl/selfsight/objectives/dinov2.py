@@ -1,0 +1,171 @@
+"""DINOv2: learning robust visual features without supervision (Oquab et al. 2023, arXiv:2304.07193, §4).
+
+iBOT with a few changes that make it stable at scale: teacher targets by Sinkhorn–Knopp (or still by a centre), heads
+of their own for class and patch tokens (or still one), KoLeo on the class tokens, masks whose ratios are spread evenly
+over the batch, and learning rates that fall towards the image. Registers (Darcet et al. 2023) are the encoder's:
+`encoder.args.reg_tokens`. Equal to facebookresearch/dinov2, train/ssl_meta_arch.py, in its numbers.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from selfsight.collective import Collective
+from selfsight.errors import UserError, check_range
+from selfsight.losses import ibot_loss, koleo, sinkhorn_knopp
+from selfsight.losses.ibot import masked_rows
+from selfsight.losses.koleo import EPSILON
+from selfsight.masks import block_masks
+from selfsight.objectives.base import Outcome, ParameterRule, Progress
+from selfsight.objectives.ibot import IBOT, IBOTConfig
+from selfsight.recipe import EncoderConfig
+
+MIN_AREA = 4  # patches, of a masked block
+
+
+@dataclass
+class DINOv2Config(IBOTConfig):
+    out_dim: int = 65536
+    norm_last_layer: bool = False  # the official head never fixes the prototypes' length
+    freeze_last_layer: int = 2  # this and the next in passes over ImageNet-1k, two to each of the code's own epochs
+    warmup_teacher_temp_epochs: int = 60  # linear per step, unlike DINO's
+    teacher_temp: float = 0.07
+    momentum_teacher: float = 0.992
+    global_crops_scale: list[float] = field(default_factory=lambda: [0.32, 1.0])
+    local_crops_scale: list[float] = field(default_factory=lambda: [0.05, 0.32])
+    centering: str = "sinkhorn_knopp"  # or centering: DINO's, here of the masked patches only
+    koleo_weight: float = 0.1
+    layerwise_decay: float = 0.9  # factor on the learning rate from each block to the one below
+    patch_embed_lr_mult: float = 0.2  # and once more on the patch embedding's
+
+
+class DINOv2(IBOT):
+    Config = DINOv2Config
+    joint = True  # KoLeo, Sinkhorn and the spread of the mask ratios
+    config: DINOv2Config
+
+    def __init__(self, config: DINOv2Config, encoder: EncoderConfig, collective: Collective | None = None) -> None:
+        super().__init__(_checked(config), encoder, collective)
+        for tokens in (self.student.vit.cls_token, self.student.vit.reg_token):
+            if tokens is not None:
+                nn.init.normal_(tokens, std=1e-6)
+        self.teacher.load_state_dict(self.student.state_dict())
+
+    def masks(self, noise: Tensor) -> Tensor:
+        """As iBOT's, but of all ranks' crops exactly the given share is masked, and the i-th of them, in random order,
+        draws its ratio from the i-th of equal parts of `mask_ratio`.
+        """
+        c, p = self.config, self.student.patch_size
+        grid = self.student.grid(c.global_crops_size)
+        noise = rearrange(noise, "b (v n) -> (v b) n", v=2)
+        order, u = noise[:, 0], noise[:, 1].float()
+        everyone = self.collective.gather(order)
+        place = (everyone < order.unsqueeze(1)).sum(dim=1)  # of each crop among all, from 0
+        n = int(len(everyone) * c.mask_probability)
+        bounds = torch.linspace(*c.mask_ratio, n + 1).to(noise.device)
+        low, high = bounds[place.clamp(max=n)], bounds[(place + 1).clamp(max=n)]
+        asked = torch.where(place < n, (grid**2 * (low + (high - low) * u)).int(), 0)
+        max_area = 0.5 * c.global_crops_size // p * c.global_crops_size // p  # in the official order of operations
+        return block_masks(noise[:, 2:], asked, (grid, grid), min_area=MIN_AREA, max_area=max_area)
+
+    def distil(self, batch: dict[str, Tensor], mask: Tensor, progress: Progress) -> Outcome:
+        c, temp = self.config, self.teacher_temperature(progress)
+        at, weight = masked_rows(mask)
+        t, s, cls_s = self.see(batch, mask)
+        assert t.cls is not None
+        student_head, teacher_head = self.patch_heads()
+        with torch.no_grad():
+            q = self.cls_targets(self.per_crop(self.teacher_head(t.cls), batch), temp)  # (2, B, K)
+            q_patch = self.patch_targets(teacher_head(t.patches.flatten(0, 1)[at]), temp)  # (M, K)
+            entropy = torch.special.entr(q).sum(dim=-1).mean()
+        local, both = dino_losses(self.per_crop(self.student_head(cls_s), batch), q, c.student_temp)
+        l_ibot = ibot_loss(student_head(s.patches.flatten(0, 1)[at]), q_patch, weight, len(mask), c.student_temp)
+        first, second = cls_s[: len(mask)].chunk(2)  # of the global crops, before the head; each crop by itself
+        l_koleo = koleo(first, self.collective) + koleo(second, self.collective)
+        loss = c.dino_weight * (local + both) + c.ibot_weight * l_ibot + c.koleo_weight * l_koleo
+        terms = {"dino_local": local, "dino_global": both, "ibot": l_ibot, "koleo": l_koleo}
+        metrics = {name: term.detach() for name, term in terms.items()}
+        kl = (local + both).detach() - entropy
+        return Outcome(loss, t.cls[: len(mask) // 2], {**metrics, "teacher_entropy": entropy, "kl": kl})
+
+    def cls_targets(self, logits: Tensor, temp: float) -> Tensor:
+        """Teacher logits (2, B, K) → probabilities; both crops of all ranks are one batch to Sinkhorn."""
+        if self.config.centering == "sinkhorn_knopp":
+            return sinkhorn_knopp(logits.flatten(0, 1), temp, self.collective).view_as(logits)
+        if self.training:
+            self.pending_sum += logits.sum(dim=(0, 1))
+            self.pending_rows += logits.shape[0] * logits.shape[1]
+        return ((logits - self.center) / temp).softmax(dim=-1)
+
+    def patch_targets(self, logits: Tensor, temp: float) -> Tensor:
+        """Teacher logits (M, K) of the masked patches → probabilities."""
+        if self.config.centering == "sinkhorn_knopp":
+            return sinkhorn_knopp(logits, temp, self.collective)
+        if self.training:
+            self.patch_center.add(logits)
+        return self.center_softmax(logits, self.patch_center, temp)
+
+    def teacher_temperature(self, progress: Progress) -> float:
+        """τ_t of this step; the warm-up includes its end point, as numpy's linspace does."""
+        c, n = self.config, self.config.warmup_teacher_temp_epochs * progress.steps_per_epoch
+        if progress.step >= n:
+            return c.teacher_temp
+        return c.warmup_teacher_temp + (c.teacher_temp - c.warmup_teacher_temp) * progress.step / max(n - 1, 1)
+
+    def parameter_rules(self) -> list[ParameterRule]:
+        """Of L blocks the i-th learns at layerwise_decay^(L − i) of the rate, the tokens and tables below at ^(L + 1)."""
+        c, depth = self.config, self.student.depth
+        bottom = c.layerwise_decay ** (depth + 1)
+        scales = {f"student.vit.blocks.{i}.": c.layerwise_decay ** (depth - i) for i in range(depth)}
+        scales["student.vit.patch_embed."] = bottom * c.patch_embed_lr_mult
+        below = ("student.vit.cls_token", "student.vit.reg_token", "student.vit.pos_embed", "mask_token")
+        scales |= dict.fromkeys(below, bottom)
+        return super().parameter_rules() + [ParameterRule(name, _constant(scale)) for name, scale in scales.items()]
+
+    def after_step(self) -> None:
+        if self.config.centering == "centering":
+            super().after_step()
+
+    def collapse_loss(self) -> float:
+        """A uniform student, whatever the targets; and neighbours at no distance but KoLeo's epsilon.
+
+        That holds while the share of crops to mask is a whole number of crops, and none of their masks falls empty.
+        """
+        c = self.config
+        ln_k, ln_k_patch = math.log(c.out_dim), math.log(c.patch_out_dim or c.out_dim)
+        ln_d = math.log((math.sqrt(self.student.embed_dim) + 1) * EPSILON)
+        return c.dino_weight * ln_k + c.ibot_weight * c.mask_probability * ln_k_patch - 2 * c.koleo_weight * ln_d
+
+
+def dino_losses(logits_s: Tensor, q: Tensor, student_temp: float) -> tuple[Tensor, Tensor]:
+    """DINO's loss in two parts: student logits (V, B, K), crops 0 and 1 being the teacher's, and q (2, B, K) → the parts
+    of the local and of the global crops. Their sum is the mean over the 2·V − 2 pairs of different crops.
+    """
+    n_pairs = 2 * len(logits_s) - 2
+    local = pair_cross_entropy(logits_s[2:], q, student_temp)
+    swapped = pair_cross_entropy(logits_s[:2].flatten(0, 1)[None], q.flip(0).flatten(0, 1)[None], student_temp)
+    return local / n_pairs, 2 * swapped / n_pairs
+
+
+def pair_cross_entropy(logits_s: Tensor, q: Tensor, student_temp: float) -> Tensor:
+    """Σ over all (student crop, teacher crop) of the batch mean of H(q, p_s); (V, B, K) and (T, B, K) → a scalar."""
+    log_p = F.log_softmax(logits_s / student_temp, dim=-1)
+    return -(q.sum(dim=0) * log_p.sum(dim=0)).sum(dim=-1).mean()
+
+
+def _constant(scale: float) -> Callable[[Progress], float]:
+    return lambda progress: scale
+
+
+def _checked(c: DINOv2Config) -> DINOv2Config:
+    if c.centering not in ("sinkhorn_knopp", "centering"):
+        raise UserError(f"objective.centering is {c.centering!r}: choose sinkhorn_knopp or centering")
+    check_range("objective.koleo_weight", c.koleo_weight, 0)
+    for name in ("layerwise_decay", "patch_embed_lr_mult"):
+        check_range(f"objective.{name}", getattr(c, name), 0, 1)
+    return c
