@@ -1,12 +1,8 @@
 """Block masks against the official generator's, number by number.
 
-The official code draws from python's `random`, as many numbers as it happens to need. `Recorder` runs its algorithm on
-that stream one mask at a time, notes what was drawn in the form in which `block_masks` takes it, and so both say the
-same: the recorder that it is the official algorithm, `block_masks` that it does with these numbers what that does.
+The official code draws from python's `random`, as many numbers as it happens to need; `MaskRecorder` in golden.py turns
+its stream into the numbers that `block_masks` takes.
 """
-
-import math
-import random
 
 import numpy as np
 import pytest
@@ -15,67 +11,42 @@ import torch
 from selfsight.masks import NUMBERS, TRIES, block_masks
 
 
-class Recorder:
-    def __init__(self, seed: int, grid: tuple[int, int], max_area: float) -> None:
-        self.random = random.Random(seed)
-        self.grid, self.max_area = grid, max_area
-        self.asked: list[int] = []
-        self.numbers: list[list[float]] = []
+@pytest.fixture
+def recorder(golden):
+    """Of a case's hyper-parameters, a recorder at the start of its stream."""
 
-    def draw(self, asked: int) -> None:
-        H, W = self.grid
-        mask, count, noise = np.zeros((H, W), bool), 0, []
-        while count < asked:
-            room, added = min(asked - count, self.max_area), 0
-            for _ in range(10):
-                u, v = self.random.random(), self.random.random()
-                area, aspect = 4 + (room - 4) * u, math.exp(math.log(0.3) + (math.log(1 / 0.3) - math.log(0.3)) * v)
-                h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-                noise += [u, v, 0.0, 0.0]
-                if w < W and h < H:
-                    top, left = self.random.randint(0, H - h), self.random.randint(0, W - w)
-                    noise[-2:] = [(top + 0.5) / (H - h + 1), (left + 0.5) / (W - w + 1)]
-                    missing = int((~mask[top : top + h, left : left + w]).sum())
-                    if 0 < missing <= room:
-                        mask[top : top + h, left : left + w] = True
-                        added = missing
-                        break
-            if not added:
-                break
-            count += added
-        self.asked.append(asked)
-        self.numbers.append(noise)
+    def start(hyper: dict):
+        size = hyper["input_size"]
+        grid = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+        max_area = hyper.get("max_num_patches", hyper.get("num_masking_patches"))
+        return golden.MaskRecorder(hyper["random_seed"], grid, max_area)
 
-    def masks(self) -> torch.Tensor:
-        """What `block_masks` makes of the numbers, all masks at once."""
-        tries = max(map(len, self.numbers))
-        noise = torch.tensor([each + [0.0] * (tries - len(each)) for each in self.numbers], dtype=torch.float64)
-        return block_masks(noise, torch.tensor(self.asked), self.grid, min_area=4, max_area=self.max_area)
+    return start
 
 
-def recorder(hyper: dict) -> Recorder:
-    size = hyper["input_size"]
-    grid = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-    return Recorder(hyper["random_seed"], grid, hyper.get("max_num_patches", hyper.get("num_masking_patches")))
+def masks_of(recorded) -> torch.Tensor:
+    """All at once, from the numbers that were recorded."""
+    asked = torch.tensor(recorded.asked)
+    return block_masks(recorded.noise(), asked, recorded.grid, min_area=4, max_area=recorded.max_area)
 
 
 @pytest.mark.parametrize("case", ["train_default", "rect"])
-def test_masks_are_the_official_ones(golden, case):
+def test_masks_are_the_official_ones(golden, recorder, case):
     numbers = golden.load("dinov2_masking")
     recorded = recorder(numbers.hyper(case))
     for asked in numbers.outputs(case)["asked"]:
         recorded.draw(int(asked))
-    numbers.check(case, "masks", recorded.masks().unflatten(1, recorded.grid))
+    numbers.check(case, "masks", masks_of(recorded).unflatten(1, recorded.grid))
 
 
 @pytest.mark.parametrize("case", ["train_default_stats", "rect_stats"])
-def test_how_much_is_masked(golden, case):
+def test_how_much_is_masked(golden, recorder, case):
     numbers = golden.load("dinov2_masking")
     recorded = recorder(numbers.hyper(case))
     patches = recorded.grid[0] * recorded.grid[1]
     for _ in range(numbers.hyper(case)["draws"]):
         recorded.draw(int(patches * (0.1 + 0.4 * recorded.random.random())))
-    counts = recorded.masks().sum(dim=1).numpy()
+    counts = masks_of(recorded).sum(dim=1).numpy()
     ratios = counts / patches
     numbers.check(case, "masked_counts", counts.astype(np.int32))
     numbers.check(case, "ratio_mean", ratios.mean())
@@ -83,14 +54,14 @@ def test_how_much_is_masked(golden, case):
     numbers.check(case, "ratio_deciles", np.quantile(ratios, np.linspace(0, 1, 11)))
 
 
-def test_how_often_a_mask_falls_short(golden):
+def test_how_often_a_mask_falls_short(golden, recorder):
     numbers = golden.load("dinov2_masking")
     hyper = numbers.hyper("shortfall")
     for asked in (25, 76, 128):
         recorded = recorder(hyper)
         for _ in range(hyper["draws"]):
             recorded.draw(asked)
-        counts = recorded.masks().sum(dim=1).numpy()
+        counts = masks_of(recorded).sum(dim=1).numpy()
         numbers.check("shortfall", f"asked{asked}_mean", counts.mean())
         numbers.check("shortfall", f"asked{asked}_min", counts.min())
         numbers.check("shortfall", f"asked{asked}_max", counts.max())

@@ -5,6 +5,8 @@ float32, `out64` in float64, `tol` the tolerance of the output of that name. Als
 into those of our objectives and back.
 """
 
+import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +119,44 @@ def to_dinov2(official: dict[str, Tensor]) -> dict[str, Tensor]:
             who, part, rest = name.split(".", 2)
             renamed[f"{who}{parts[part]}.{rest}"] = w
     return renamed
+
+
+class MaskRecorder:
+    """Runs the official algorithm on python's stream, one mask at a time, and notes what it drew in the form in which
+    `selfsight.masks.block_masks` takes it: four numbers for each try.
+    """
+
+    def __init__(self, seed: int, grid: tuple[int, int], max_area: float) -> None:
+        self.random = random.Random(seed)
+        self.grid, self.max_area = grid, max_area
+        self.asked: list[int] = []
+        self.numbers: list[list[float]] = []
+
+    def draw(self, asked: int) -> None:
+        H, W = self.grid
+        mask, count, noise = np.zeros((H, W), bool), 0, []
+        while count < asked:
+            room, added = min(asked - count, self.max_area), 0
+            for _ in range(10):
+                u, v = self.random.random(), self.random.random()
+                area, aspect = 4 + (room - 4) * u, math.exp(math.log(0.3) + (math.log(1 / 0.3) - math.log(0.3)) * v)
+                h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+                noise += [u, v, 0.0, 0.0]
+                if w < W and h < H:
+                    top, left = self.random.randint(0, H - h), self.random.randint(0, W - w)
+                    noise[-2:] = [(top + 0.5) / (H - h + 1), (left + 0.5) / (W - w + 1)]
+                    missing = int((~mask[top : top + h, left : left + w]).sum())
+                    if 0 < missing <= room:
+                        mask[top : top + h, left : left + w] = True
+                        added = missing
+                        break
+            if not added:
+                break
+            count += added
+        self.asked.append(asked)
+        self.numbers.append(noise)
+
+    def noise(self) -> Tensor:
+        """What was drawn, (masks, 4·tries) float64, zeros after a mask's last try."""
+        length = max(map(len, self.numbers))
+        return torch.tensor([each + [0.0] * (length - len(each)) for each in self.numbers], dtype=torch.float64)

@@ -17,7 +17,7 @@ def test_all_prototypes_and_all_samples_weigh_the_same():
 
 
 def test_two_by_two_by_hand():
-    """exp(logits / temp) = [[2, 1], [1, 1]]. Prototypes: columns by 3 and 2 → [[2/3, 1/2], [1/3, 1/2]]; samples: rows by
+    """exp(logits / temp) = [[2, 1], [1, 1]]. Columns by 3 and 2 → [[2/3, 1/2], [1/3, 1/2]]; then rows by
     7/6 and 5/6 → [[4/7, 3/7], [2/5, 3/5]]."""
     logits = torch.tensor([[2.0, 1.0], [1.0, 1.0]], dtype=torch.float64).log() * 0.1
     expected = torch.tensor([[4 / 7, 3 / 7], [2 / 5, 3 / 5]], dtype=torch.float64)

@@ -171,3 +171,27 @@ def test_wrong_recipes(config, encoder, sentence):
 def test_crops_that_patches_do_not_fill():
     with pytest.raises(UserError, match="20 pixels is not a multiple of the patch size 8"):
         DINO(small(local_crops_size=20), ENCODER).views()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_lightlys_loss_and_centre(golden, dtype):
+    """lightly's DINOLoss gives the same numbers; it holds its temperatures in float32, in the float64 run too."""
+    numbers = golden.load("lightly_dino_ibot_koleo", dtype)
+    hyper, inputs = numbers.hyper("dino"), numbers.inputs("dino")
+    temperatures = torch.linspace(hyper["warmup_teacher_temp"], hyper["teacher_temp"], 3)
+    losses, centers, grads, center = [], [], [], torch.zeros(hyper["output_dim"])
+    for e in range(3):
+        keys = dict.fromkeys(("warmup_teacher_temp", "teacher_temp"), temperatures[e].item())
+        dino = DINO(small(out_dim=hyper["output_dim"], center_momentum=hyper["center_momentum"], **keys), ENCODER)
+        dino = dino.to(dtype)
+        dino.center.copy_(center)
+        student = inputs["student"][e].requires_grad_()
+        loss, _ = dino.compare(student, inputs["teacher"][e], epoch(e))
+        grads.append(torch.autograd.grad(loss, student)[0])
+        dino.after_step()
+        center = dino.center
+        losses.append(loss.detach())
+        centers.append(center.clone())
+    numbers.check("dino", "loss", torch.stack(losses))
+    numbers.check("dino", "center", torch.stack(centers))
+    numbers.check("dino", "grad_student", torch.stack(grads))

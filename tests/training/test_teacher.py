@@ -28,6 +28,14 @@ def test_average_is_the_official_one(golden):
         numbers.check("ema", f"teacher{i}", torch.stack([s[i] for s in steps]))
 
 
+def test_average_is_lightlys_too(golden):
+    numbers = golden.load("lightly_dino_ibot_koleo")
+    inputs = numbers.inputs("update_momentum")
+    student, teacher = modules([inputs["model"]]), modules([inputs["ema_before"]]).requires_grad_(False)
+    Teacher([(student, teacher)]).follow(numbers.hyper("update_momentum")["m"])
+    numbers.check("update_momentum", "ema", next(teacher.parameters()))
+
+
 def test_momentum_of_one_and_no_pairs_move_nothing():
     student, teacher = modules([torch.ones(3)]), modules([torch.zeros(3)]).requires_grad_(False)
     Teacher([(student, teacher)]).follow(1.0)

@@ -1,4 +1,4 @@
-"""Losses and targets that several objectives share: functions of tensors, and of the other ranks through a Collective."""
+"""What several objectives share: losses and targets, as functions of tensors and of the other ranks (a Collective)."""
 
 from selfsight.losses.center import Center
 from selfsight.losses.ibot import ibot_loss

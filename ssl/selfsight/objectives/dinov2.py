@@ -67,7 +67,7 @@ class DINOv2(IBOT):
         everyone = self.collective.gather(order)
         place = (everyone < order.unsqueeze(1)).sum(dim=1)  # of each crop among all, from 0
         n = int(len(everyone) * c.mask_probability)
-        bounds = torch.linspace(*c.mask_ratio, n + 1).to(noise.device)
+        bounds = torch.linspace(c.mask_ratio[0], c.mask_ratio[1], n + 1).to(noise.device)
         low, high = bounds[place.clamp(max=n)], bounds[(place + 1).clamp(max=n)]
         asked = torch.where(place < n, (grid**2 * (low + (high - low) * u)).int(), 0)
         max_area = 0.5 * c.global_crops_size // p * c.global_crops_size // p  # in the official order of operations
@@ -118,7 +118,7 @@ class DINOv2(IBOT):
         return c.warmup_teacher_temp + (c.teacher_temp - c.warmup_teacher_temp) * progress.step / max(n - 1, 1)
 
     def parameter_rules(self) -> list[ParameterRule]:
-        """Of L blocks the i-th learns at layerwise_decay^(L − i) of the rate, the tokens and tables below at ^(L + 1)."""
+        """Of L blocks, the i-th from 0 learns at layerwise_decay^(L − i) of the rate, what lies below at ^(L + 1)."""
         c, depth = self.config, self.student.depth
         bottom = c.layerwise_decay ** (depth + 1)
         scales = {f"student.vit.blocks.{i}.": c.layerwise_decay ** (depth - i) for i in range(depth)}
@@ -143,8 +143,8 @@ class DINOv2(IBOT):
 
 
 def dino_losses(logits_s: Tensor, q: Tensor, student_temp: float) -> tuple[Tensor, Tensor]:
-    """DINO's loss in two parts: student logits (V, B, K), crops 0 and 1 being the teacher's, and q (2, B, K) → the parts
-    of the local and of the global crops. Their sum is the mean over the 2·V − 2 pairs of different crops.
+    """DINO's loss in two parts, of the local crops and of the global ones: scalars, whose sum is the mean over
+    the 2·V − 2 pairs of different crops. Student logits (V, B, K), crops 0 and 1 being the teacher's; q (2, B, K).
     """
     n_pairs = 2 * len(logits_s) - 2
     local = pair_cross_entropy(logits_s[2:], q, student_temp)

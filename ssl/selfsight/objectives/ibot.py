@@ -60,9 +60,8 @@ class IBOT(DINO):
         return block_masks(noise[:, 2:], ratio * grid**2, (grid, grid), min_area=(grid // 3) ** 2)
 
     def forward(self, batch: dict[str, Tensor], progress: Progress) -> Outcome:
-        """batch: "global" (2, B, 3, S, S), "mask" (B, …) and, unless there are no local crops, "local" (n, B, 3, s, s)."""
-        mask = self.masks(batch["mask"])
-        return self.distil(batch, mask, progress)
+        """batch: "global" (2, B, 3, S, S), "mask" (B, …) and, if there are local crops, "local" (n, B, 3, s, s)."""
+        return self.distil(batch, self.masks(batch["mask"]), progress)
 
     def distil(self, batch: dict[str, Tensor], mask: Tensor, progress: Progress) -> Outcome:
         """`forward` once the masks (2·B, N) of the global crops are drawn. Equations 1 to 3 of the paper."""
