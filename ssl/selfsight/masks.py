@@ -29,26 +29,26 @@ def block_masks(
     H, W = grid
     noise = rearrange(noise.double(), "b (tries four) -> four tries b", four=4)
     low = math.log(MIN_ASPECT)
-    aspect = (low - 2 * low * noise[1]).exp()  # (tries, B)
-    rows = torch.arange(H, device=noise.device).view(H, 1)
-    columns = torch.arange(W, device=noise.device)
-    masks = torch.zeros(len(asked), H, W, dtype=torch.bool, device=noise.device)
+    aspect = (low - 2 * low * noise[1]).exp()
+    stretch = torch.stack([aspect, 1 / aspect], dim=1)  # (tries, 2, B): of height and width, as all pairs below
+    corner = torch.stack([noise[2], noise[3]], dim=1)
+    size = torch.stack([noise.new_full((1,), H), noise.new_full((1,), W)])  # filled there: no copy to wait for
+    line = torch.arange(max(H, W), device=noise.device)
+    free = torch.ones(len(asked), H, W, dtype=torch.bool, device=noise.device)
     count = torch.zeros(len(asked), dtype=torch.int64, device=noise.device)
     failures = torch.zeros_like(count)
-    for u_area, r, u_top, u_left in zip(noise[0], aspect, noise[2], noise[3], strict=True):
+    for u, r, uv in zip(noise[0], stretch, corner, strict=True):
         room = (asked - count).clamp(max=max_area)
-        area = min_area + (room - min_area) * u_area  # may be less than min_area, as in the official codes
-        h = (area * r).sqrt().round()
-        w = (area / r).sqrt().round()
-        top = (u_top * (H - h + 1)).floor()
-        left = (u_left * (W - w + 1)).floor()
-        down, across = rows - top.view(-1, 1, 1), columns - left.view(-1, 1, 1)  # (B, H, 1), (B, 1, W)
-        inside = (down >= 0) & (down < h.view(-1, 1, 1)) & (across >= 0) & (across < w.view(-1, 1, 1))
-        new = inside & ~masks
+        area = min_area + (room - min_area) * u  # may be less than min_area, as in the official codes
+        side = (area * r).sqrt().round()  # (2, B)
+        begin = (uv * (size - side + 1)).floor()
+        offset = line - begin.unsqueeze(-1)  # (2, B, S)
+        rows, columns = (offset >= 0) & (offset < side.unsqueeze(-1))
+        new = rows[:, :H, None] & columns[:, None, :W] & free
         added = new.sum(dim=(1, 2))
-        trying = (count < asked) & (failures < FAILURES)
-        laid = trying & (h < H) & (w < W) & (added > 0) & (added <= room)
-        masks |= new & laid.view(-1, 1, 1)
+        fits = (side < size).all(dim=0) & (added > 0) & (added <= room)
+        laid = fits & (room > 0) & (failures < FAILURES)
+        free ^= new & laid.view(-1, 1, 1)
         count += added * laid
         failures = torch.where(laid, 0, failures + 1)
-    return masks.flatten(1)
+    return ~free.flatten(1)

@@ -155,6 +155,13 @@ def test_schedules_are_the_official_ones(golden):
     ]
     assert np.abs(lr - values[: len(lr)]).max() <= numbers.arrays["plain/tol/values"]
 
+    late = numbers.hyper("freeze")  # nothing for so long, then warm-up and cosine: the same curve, begun later
+    begin, steps = late["freeze_iters"], late["total_iters"] - late["freeze_iters"]
+    values = numbers.outputs("freeze")["values"][begin : begin + steps]
+    keys = (late["base_value"], late["final_value"], late["warmup_iters"], late["start_warmup_value"])
+    lr = [schedules.dino_cosine(i, steps, *keys) for i in range(steps)]
+    assert np.abs(lr - values).max() <= numbers.arrays["freeze/tol/values"]
+
     temp = numbers.hyper("temp")
     model = DINOv2(
         small(
