@@ -102,7 +102,9 @@ def test_views_are_the_published_ones():
 
 
 def test_loss_leaves_autocast_and_patches_stand_in_for_a_class_token():
-    lejepa = LeJEPA(small(local_crops_number=0), EncoderConfig(ENCODER.name, 32, args={**ENCODER.args, "class_token": False}))
+    lejepa = LeJEPA(
+        small(local_crops_number=0), EncoderConfig(ENCODER.name, 32, args={**ENCODER.args, "class_token": False})
+    )
     with torch.autocast("cpu", torch.bfloat16):
         outcome = lejepa({"global": torch.randn(2, 4, 3, 32, 32)}, Progress(0, 1, 1))
     assert outcome.loss.dtype == torch.float32

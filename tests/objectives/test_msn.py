@@ -28,7 +28,7 @@ def make_batch(n: int) -> dict[str, torch.Tensor]:
     return {**crops, "mask": torch.rand(n, 16)}
 
 
-# lightly makes its power law in float32 whatever the rest is in, so its float64 run of "pmsn" is not one to compare with.
+# lightly makes its power law in float32 whatever the rest is in: its float64 run of "pmsn" is not one to compare with.
 CASES = [(case, dtype) for case in PRIORS for dtype in DTYPES if (case, dtype) != ("pmsn", torch.float64)]
 
 

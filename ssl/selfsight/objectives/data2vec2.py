@@ -8,10 +8,12 @@ a small convolutional decoder fills in the rest, and a squared error on the hidd
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from selfsight import encoders
@@ -62,7 +64,7 @@ class Data2Vec2(Objective):
         self.teacher.requires_grad_(False)
         widths = [self.student.embed_dim, *[c.decoder_dim] * c.decoder_layers]
         self.decoder = nn.ModuleList(
-            _Convolution(a, b, c.decoder_kernel, c.decoder_groups) for a, b in zip(widths, widths[1:], strict=False)
+            _Convolution(a, b, c.decoder_kernel, c.decoder_groups) for a, b in pairwise(widths)
         )
         self.decoder_proj = nn.Linear(widths[-1], self.student.embed_dim)
 
@@ -102,16 +104,17 @@ class Data2Vec2(Objective):
         """Mean patch tokens (B, D), and what the feed-forward part of each of the top K blocks gave for the patches,
         before it was added to the residual: (B, N, D) each."""
         outputs: list[Tensor] = []
-        hooks = [
-            block.mlp.register_forward_hook(lambda module, args, out: outputs.append(out))  # pyright: ignore
-            for block in self.teacher.vit.blocks[-self.config.average_top_k_layers :]
-        ]
-        try:
-            features = self.teacher(images).avg
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return features, [out[:, self.teacher.num_prefix :] for out in outputs]
+        vit, prefix = self.teacher.vit, self.teacher.num_prefix
+        x, _ = self.teacher.prepare_tokens(images)
+        first = self.teacher.depth - self.config.average_top_k_layers
+        for block in vit.blocks[:first]:
+            x = block(x)
+        for block in vit.blocks[first:]:
+            assert isinstance(block, Block)
+            x = x + block.ls1(block.attn(block.norm1(x)))  # timm's block, opened up; a teacher drops no path
+            outputs.append(block.mlp(block.norm2(x)))
+            x = x + block.ls2(outputs[-1])
+        return vit.norm(x)[:, prefix:].mean(dim=1), [out[:, prefix:] for out in outputs]
 
     def _encode(self, images: Tensor, keep: Tensor) -> Tensor:
         """Tokens (B·M, P + n_keep, D) of every version; patches are embedded once per image."""

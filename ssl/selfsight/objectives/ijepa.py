@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
+from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -146,6 +147,8 @@ class IJEPA(Objective):
 class _Block(Block):
     """timm's block, with keys (B, T) that say which tokens may be attended to."""
 
+    attn: Attention
+
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__(dim, num_heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=nn.LayerNorm)
 
@@ -189,8 +192,9 @@ def _take(tokens: Tensor, indices: Tensor) -> Tensor:
 
 def _most_patches(side: int, scale: list[float], aspect: list[float]) -> int:
     """The largest block there can be."""
-    ratios = torch.linspace(0, 1, 1001)
-    u = torch.stack([torch.ones_like(ratios), ratios, *torch.zeros(2, 1001)], dim=-1)
+    ratios = torch.linspace(0, 1, 1001, device="cpu")  # whatever the default device is, meta say
+    zeros = torch.zeros_like(ratios)
+    u = torch.stack([zeros + 1, ratios, zeros, zeros], dim=-1)
     return int(blocks(u.unsqueeze(0), side, scale, aspect).sum(dim=-1).max())
 
 

@@ -151,7 +151,7 @@ class MSN(Objective):
         return start + (1 - start) * progress.step / progress.total_steps
 
     def collapse_loss(self) -> float:
-        """Of equal scores: uniform predictions cost ln K, and me-max nothing; a power law has its distance from them."""
+        """Of equal scores: uniform predictions cost ln K and me-max nothing; a power law lies away from them."""
         c = self.config
         if c.prior_exponent is None:
             return math.log(c.num_proto)

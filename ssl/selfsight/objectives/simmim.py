@@ -48,7 +48,7 @@ class SimMIM(Objective):
         self.scale = c.mask_patch_size // p  # patches along the side of a hidden square
         self.squares = (c.crop_size // c.mask_patch_size) ** 2
         self.n_hidden = math.ceil(self.squares * c.mask_ratio)
-        if not 0 < self.n_hidden:
+        if self.n_hidden == 0:
             raise UserError(f"objective.mask_ratio={c.mask_ratio} hides nothing: choose a larger one")
         self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.zeros(1, 1, self.student.embed_dim), std=0.02))
         self.decoder = nn.Linear(self.student.embed_dim, p**2 * 3)
@@ -71,7 +71,9 @@ class SimMIM(Objective):
         vit = self.student.vit
         hook = vit.patch_embed.register_forward_hook(
             lambda module, args, x_BhwD: torch.where(
-                rearrange(mask.bool(), "b (h w) -> b h w 1", h=x_BhwD.shape[1]), self.mask_token.to(x_BhwD.dtype), x_BhwD
+                rearrange(mask.bool(), "b (h w) -> b h w 1", h=x_BhwD.shape[1]),
+                self.mask_token.to(x_BhwD.dtype),
+                x_BhwD,
             )
         )
         try:
@@ -81,7 +83,7 @@ class SimMIM(Objective):
 
 
 def hidden_patches(noise: Tensor, n_hidden: int, scale: int) -> Tensor:
-    """noise (B, squares) → mask (B, N), 1 = hidden: the `n_hidden` squares of least noise, each scale × scale patches."""
+    """noise (B, squares) → mask (B, N), 1 = hidden: the `n_hidden` squares of least noise, of scale² patches."""
     rank = noise.argsort(dim=1, stable=True).argsort(dim=1)
     mask = (rank < n_hidden).to(noise.dtype)
     side = math.isqrt(noise.shape[1])
