@@ -123,11 +123,11 @@ class IJEPA(Objective):
         m = target.shape[1]
         positions = self.predictor_pos_embed.expand(len(s_x), -1, -1)
         x = self.predictor_embed(s_x)
-        x = repeat(x + _take(positions, context).to(x.dtype), "b n d -> (b m) n d", m=m)
+        x = repeat(x + _take(positions, context), "b n d -> (b m) n d", m=m)
         queries = rearrange(self.mask_token.unsqueeze(1) + _take(positions, target), "b m n d -> (b m) n d")
         keys = rearrange(predicted, "b m n -> (b m) n")
         keys = torch.cat([keys.new_ones(len(keys), x.shape[1]), keys], dim=1)  # padding is not attended to
-        x = torch.cat([x, queries.to(x.dtype)], dim=1)
+        x = torch.cat([x, queries], dim=1)
         for block in self.predictor_blocks:
             x = block(x, keys)
         x = self.predictor_proj(self.predictor_norm(x[:, -self.n_target :]))
