@@ -30,6 +30,27 @@ SMALL = {
     "decoder_depth": 1,
     "decoder_num_heads": 2,
     "freeze_last_layer": 0,
+    # LeJEPA, SwAV, MSN
+    "num_slices": 64,
+    "nmb_prototypes": 32,
+    "queue_length": 8,
+    "queue_start_epoch": 0,
+    "num_proto": 32,
+    "output_dim": 16,
+    "rand_size": 32,
+    "focal_size": 16,
+    "focal_views": 2,
+    # I-JEPA, SimMIM, data2vec 2.0
+    "pred_emb_dim": 16,
+    "pred_depth": 1,
+    "pred_num_heads": 2,
+    "mask_patch_size": 16,
+    "clone_batch": 2,
+    "mask_length": 2,
+    "average_top_k_layers": 2,
+    "decoder_dim": 24,
+    "decoder_groups": 4,
+    "decoder_layers": 2,
 }
 START = Progress(step=0, steps_per_epoch=4, total_steps=16)
 
