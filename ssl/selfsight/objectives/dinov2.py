@@ -58,7 +58,8 @@ class DINOv2(IBOT):
 
     def masks(self, noise: Tensor) -> Tensor:
         """As iBOT's, but of all ranks' crops exactly the given share is masked, and the i-th of them, in random order,
-        draws its ratio from the i-th of equal parts of `mask_ratio`.
+        draws its ratio from the i-th of equal parts of `mask_ratio`. So where and in what order the blocks lie follows
+        from an image's own numbers, how many there are from the whole batch's, whatever ranks it is shared out to.
         """
         c, p = self.config, self.student.patch_size
         grid = self.student.grid(c.global_crops_size)
@@ -83,14 +84,14 @@ class DINOv2(IBOT):
             q = self.cls_targets(self.per_crop(self.teacher_head(t.cls), batch), temp)  # (2, B, K)
             q_patch = self.patch_targets(teacher_head(t.patches.flatten(0, 1)[at]), temp)  # (M, K)
             entropy = torch.special.entr(q).sum(dim=-1).mean()
-        local, both = dino_losses(self.per_crop(self.student_head(cls_s), batch), q, c.student_temp)
+        l_local, l_global = dino_losses(self.per_crop(self.student_head(cls_s), batch), q, c.student_temp)
         l_ibot = ibot_loss(student_head(s.patches.flatten(0, 1)[at]), q_patch, weight, len(mask), c.student_temp)
         first, second = cls_s[: len(mask)].chunk(2)  # of the global crops, before the head; each crop by itself
         l_koleo = koleo(first, self.collective) + koleo(second, self.collective)
-        loss = c.dino_weight * (local + both) + c.ibot_weight * l_ibot + c.koleo_weight * l_koleo
-        terms = {"dino_local": local, "dino_global": both, "ibot": l_ibot, "koleo": l_koleo}
+        loss = c.dino_weight * (l_local + l_global) + c.ibot_weight * l_ibot + c.koleo_weight * l_koleo
+        terms = {"dino_local": l_local, "dino_global": l_global, "ibot": l_ibot, "koleo": l_koleo}
         metrics = {name: term.detach() for name, term in terms.items()}
-        kl = (local + both).detach() - entropy
+        kl = (l_local + l_global).detach() - entropy
         return Outcome(loss, t.cls[: len(mask) // 2], {**metrics, "teacher_entropy": entropy, "kl": kl})
 
     def cls_targets(self, logits: Tensor, temp: float) -> Tensor:
