@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from selfsight import encoders
 from selfsight.collective import Collective
 from selfsight.errors import UserError, check_range
+from selfsight.losses import sinkhorn_knopp
 from selfsight.objectives.base import Objective, Outcome, Progress
-from selfsight.objectives.swav import sinkhorn
 from selfsight.recipe import EncoderConfig
 from selfsight.viewspec import CropSpec, NoiseSpec, ViewSpec
 
@@ -166,7 +166,8 @@ def cosines(z: Tensor, prototypes: Tensor) -> Tensor:
 
 def targets(scores: Tensor, temperature: float, sharpen: float, iterations: int, collective: Collective) -> Tensor:
     """Cosines (B, K) → the anchors' targets (B, K): softmax at τ, sharpened to p^(1/T), balanced over the ranks."""
-    return sinkhorn(F.softmax(scores / (temperature * sharpen), dim=-1), iterations, collective)
+    log_p = F.log_softmax(scores / (temperature * sharpen), dim=-1)
+    return sinkhorn_knopp(log_p, 1.0, collective, iterations) if iterations else log_p.exp()
 
 
 def balance_loss(p: Tensor, prior: Tensor | None, collective: Collective) -> Tensor:

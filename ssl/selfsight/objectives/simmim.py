@@ -62,24 +62,9 @@ class SimMIM(Objective):
         """batch: "crop" (1, B, 3, S, S) and "noise" (B, squares), whose smallest entries say what is hidden."""
         images = batch["crop"][0]
         mask = hidden_patches(batch["noise"], self.n_hidden, self.scale)  # (B, N)
-        tokens = self._encode(images, mask)
+        tokens = self.student(images, mask=mask.bool(), mask_token=self.mask_token).patches
         loss = simmim_loss(self.decoder(tokens), patchify(images, self.student.patch_size), mask)
         return Outcome(loss, features=tokens.mean(dim=1).detach())
-
-    def _encode(self, images: Tensor, mask: Tensor) -> Tensor:
-        """Patch tokens (B, N, D) of images whose hidden patches are the mask token before positions are added."""
-        vit = self.student.vit
-        hook = vit.patch_embed.register_forward_hook(
-            lambda module, args, x_BhwD: torch.where(
-                rearrange(mask.bool(), "b (h w) -> b h w 1", h=x_BhwD.shape[1]),
-                self.mask_token.to(x_BhwD.dtype),
-                x_BhwD,
-            )
-        )
-        try:
-            return self.student(images).patches
-        finally:
-            hook.remove()
 
 
 def hidden_patches(noise: Tensor, n_hidden: int, scale: int) -> Tensor:

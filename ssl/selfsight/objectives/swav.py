@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from selfsight import encoders
 from selfsight.collective import Collective
 from selfsight.errors import UserError, check_range
+from selfsight.losses import sinkhorn_knopp
 from selfsight.objectives.base import Objective, Outcome, ParameterRule, Progress
 from selfsight.recipe import EncoderConfig
 from selfsight.viewspec import CropSpec, ViewSpec
@@ -151,18 +152,9 @@ class SwAV(Objective):
 
 def codes(scores: Tensor, older: Tensor, epsilon: float, iterations: int, collective: Collective) -> Tensor:
     """q (2, B, K) of the two large crops' scores (2, B, K), each balanced by itself together with its queue's scores
-    `older` (2, rows, K). Scores are cosines, so that exp(1/ε) is far from overflow and no maximum is taken off."""
-    Q = torch.exp(torch.cat([scores, older], dim=1) / epsilon)
-    return torch.stack([sinkhorn(one, iterations, collective) for one in Q])[:, : scores.shape[1]]
-
-
-def sinkhorn(Q: Tensor, iterations: int, collective: Collective) -> Tensor:
-    """Sinkhorn–Knopp (equation 3): positive Q (B, K) → codes (B, K) whose rows sum to 1 and whose columns have nearly
-    equal sums over the joined batch of all ranks."""
-    for _ in range(iterations):
-        Q = Q / collective.all_reduce_sum(Q.sum(dim=0))  # each prototype is used as much as any other
-        Q = Q / Q.sum(dim=1, keepdim=True)  # each sample is assigned once
-    return Q
+    `older` (2, rows, K) (equation 3)."""
+    joined = torch.cat([scores, older], dim=1)
+    return torch.stack([sinkhorn_knopp(one, epsilon, collective, iterations) for one in joined])[:, : scores.shape[1]]
 
 
 def swapped_prediction_loss(scores: Tensor, q: Tensor, temperature: float) -> Tensor:
@@ -179,9 +171,9 @@ def _checked(c: SwAVConfig) -> SwAVConfig:
         check_range(f"objective.{name}", getattr(c, name), 1)
     for name in ("freeze_prototypes_niters", "queue_length", "queue_start_epoch", "local_crops_number"):
         check_range(f"objective.{name}", getattr(c, name), 0)
-    check_range("objective.epsilon", c.epsilon, 0.02)  # exp(1 / 0.02) is the last that float32 holds comfortably
-    if not 0 < c.temperature < math.inf:
-        raise UserError("objective.temperature should be above 0")
+    for name in ("temperature", "epsilon"):
+        if not 0 < getattr(c, name) < math.inf:
+            raise UserError(f"objective.{name} should be above 0")
     for name in ("global_crops_scale", "local_crops_scale"):
         if len(getattr(c, name)) != 2:
             raise UserError(f"objective.{name} should be two numbers: from, to")
