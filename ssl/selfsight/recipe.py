@@ -51,6 +51,7 @@ class StreamConfig:
     window: int = 16  # chunks shuffled together in a lane
     workers: int | None = None  # decoding threads per rank; null = one per core that training leaves over
     crops: str | None = None  # where they are made: cpu or device; null = on a GPU if there is one
+    decode: str = "cpu"  # or device: baseline JPEGs are decoded there, by nvJPEG; needs the crops there
     max_damaged: float = 0.001  # share of the images read that may be replaced before training stops
 
 

@@ -147,6 +147,8 @@ def test_a_signal_ends_the_run_with_a_checkpoint(command, spawn, tmp_path):
         (["epochs=0"], "give a positive number"),
         (["epochs=.inf"], "give a positive number"),
         (["stream.workers=-1"], "stream.workers is -1: give 0 or more"),
+        (["stream.decode=gpu"], "stream.decode is 'gpu': choose cpu or device"),
+        (["stream.decode=device", "stream.crops=cpu"], "set stream.crops=device"),
         (["seed=123456789012345678901234567890"], "seed is 123456789012345678901234567890"),
         (["optimizer.base_lr=.nan"], "optimizer.base_lr is nan"),
         (["optimizer.min_lr=-1"], "optimizer.min_lr is -1"),
@@ -335,6 +337,9 @@ def test_shards_without_an_index(selfsight, command, corpora, tmp_path, capsys):
     shards = f"unindexed.shards=[{corpora['one']}/shards/000000.tar]"
     assert selfsight(command("foreign", "corpus=null", shards)) == 2
     assert "unindexed.images" in capsys.readouterr().err
+    decode = ["stream.crops=device", "stream.decode=device"]
+    assert selfsight(command("foreign", "corpus=null", shards, "unindexed.images=48", *decode)) == 2
+    assert "set stream.decode=cpu, or adopt them" in capsys.readouterr().err
     assert selfsight(command("foreign", shards, "unindexed.images=48")) == 2
     assert "corpus and unindexed.shards name images" in capsys.readouterr().err
     assert selfsight(command("foreign", "corpus=null", shards, "unindexed.images=48")) == 0

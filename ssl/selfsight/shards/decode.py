@@ -3,6 +3,7 @@
 `decode_image` is that rule, by Pillow. `decode_pixels` gives the same pixels as an array and takes a shorter way with
 plain JPEGs: libjpeg-turbo outside the GIL, at a half, a quarter or an eighth of the size where that is enough. What
 either would crash or guess on ends in one exception type, `DecodeError`, with a reason short enough for a list.
+`baseline_size` finds the JPEGs that a decoder which knows nothing of this rule reads by it all the same.
 """
 
 from io import BytesIO
@@ -67,30 +68,50 @@ def decode_pixels(data: bytes, short_side: int | None = None) -> np.ndarray:
         return np.array(decode_image(data))
     if frame.width * frame.height > MAX_PIXELS:
         raise DecodeError(f"more than {MAX_PIXELS} pixels")
-    least = [0, 0]
-    if short_side is not None:
-        for shrink in (2, 4, 8):
-            sides = [-(-side // shrink) for side in (frame.height, frame.width)]
-            if min(sides) >= short_side:
-                least = sides
+    height, width = scaled_size(frame.height, frame.width, short_side)
     try:
-        pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=least[0], min_width=least[1])
+        pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width)
     except ValueError:  # it is strict with damage that Pillow can mend: Pillow decides
         return np.array(decode_image(data))
     return _upright(pixels, orientation(open_image(data))) if frame.may_be_turned else pixels
+
+
+def scaled_size(height: int, width: int, short_side: int | None) -> tuple[int, int]:
+    """The size at which `decode_pixels` decodes a plain JPEG of this size."""
+    scaled = height, width
+    if short_side is not None:
+        for shrink in (2, 4, 8):
+            sides = -(-height // shrink), -(-width // shrink)
+            if min(sides) >= short_side:
+                scaled = sides
+    return scaled
+
+
+def baseline_size(data: bytes) -> tuple[int, int] | None:
+    """(height, width) of a JPEG that every decoder reads alike: baseline, in grey or YCbCr, upright, with an end.
+
+    None for everything else, whether it is an image or not.
+    """
+    frame = _plain_jpeg(data)
+    if frame is None or not frame.baseline or not data.endswith(b"\xff\xd9"):
+        return None
+    if frame.may_be_turned and orientation(open_image(data)) != 1:
+        return None
+    return frame.height, frame.width
 
 
 class _Frame(NamedTuple):
     height: int
     width: int
     may_be_turned: bool  # its metadata may hold an orientation other than upright
+    baseline: bool  # Huffman-coded in one go, and in grey or YCbCr
 
 
 def _plain_jpeg(data: bytes) -> _Frame | None:
     """The header of a baseline or progressive JPEG, grey or in three colours of 8 bit; None for anything else."""
     if data[:3] != b"\xff\xd8\xff":
         return None
-    at, size, turned = 2, None, False
+    at, size, turned, baseline = 2, None, False, True
     while at + 4 <= len(data) and data[at] == 0xFF:
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
         segment = data[at + 4 : at + 2 + length]
@@ -98,10 +119,13 @@ def _plain_jpeg(data: bytes) -> _Frame | None:
             size = int.from_bytes(segment[1:3], "big"), int.from_bytes(segment[3:5], "big")
             if segment[0] != 8 or segment[5] not in (1, 3) or 0 in size:  # precision, components
                 return None
+            baseline = baseline and marker == 0xC0 and segment[6::3] != b"RGB"  # what the components are called
         elif marker == 0xDA:  # start of scan: the pixels
-            return None if size is None else _Frame(*size, turned)
+            return None if size is None else _Frame(*size, turned, baseline)
         elif marker == 0xE1:  # APP1: EXIF in either byte order, or XMP
             turned = turned or any(tag in segment for tag in (b"\x01\x12", b"\x12\x01", b"rientation"))
+        elif marker == 0xEE and segment[:5] == b"Adobe":  # its last byte: 1 for YCbCr
+            baseline = baseline and segment[11:12] == b"\x01"
         elif not (0xE0 <= marker <= 0xFE or marker in (0xC4, 0xDB, 0xDD)):  # neither APPn, COM, nor a table
             return None
         at += 2 + length

@@ -12,7 +12,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from typing import cast
 
 import numpy as np
 import torch
@@ -22,10 +23,11 @@ from selfsight.errors import UserError
 from selfsight.machine import available_cores
 from selfsight.shards import Corpus, Unreachable
 from selfsight.stream.device import render
+from selfsight.stream.device_decode import decode
 from selfsight.stream.mixture import Mixture, Slots
 from selfsight.stream.prefetch import Prefetch
 from selfsight.stream.quarantine import Finding, Quarantine
-from selfsight.stream.views import CANVAS, Views
+from selfsight.stream.views import CANVAS, ENCODED, Jpeg, Views
 from selfsight.viewspec import MEAN, STD, ViewSpec
 
 MAX_WORKERS = 16
@@ -54,7 +56,8 @@ class StepLoader:
     Each step is a list of `accumulation` micro-batches: dicts of crops uint8 (count, b, 3, size, size), noise float32
     (b, length), "part" and "ordinal" int64 (b,), with b = batch_size / world_size / accumulation; pinned when CUDA is
     there. "ordinal" is the sample that is shown, also where it stands in for another. `staged` batches hold decoded
-    images and the parameters of their crops instead (`Views.staging_shapes`), for the device to make them.
+    images and the parameters of their crops instead (`Views.staging_shapes`), for the device to make them; `encoded`
+    ones hold the bytes of those that the device can decode, too.
 
     `workers` None means `auto_workers`; 0 works in this thread. `delivered` counts the samples handed out, by
     (part, epoch). Raises UserError when the batch does not divide, and when too many samples cannot be had.
@@ -73,6 +76,7 @@ class StepLoader:
         accumulation: int = 1,
         quarantine: Quarantine | None = None,
         staged: bool = False,
+        encoded: bool = False,
     ) -> None:
         if mixture.batch_size % (world_size * accumulation):
             raise UserError(
@@ -83,7 +87,10 @@ class StepLoader:
         self.workers = auto_workers(ranks_here) if workers is None else workers
         self.start_step, self.total_steps = start_step, total_steps
         self.mixture, self.views, self.accumulation = mixture, views, accumulation
-        self._shapes, self._write = (views.staging_shapes, views.stage) if staged else (views.shapes, views.into)
+        self._decode = views.decode_later if encoded else views.decode
+        self._shapes, self._write = views.shapes, cast(Callable[..., None], views.into)
+        if staged or encoded:
+            self._shapes, self._write = partial(views.staging_shapes, encoded=encoded), views.stage
         self.quarantine = Quarantine() if quarantine is None else quarantine
         self.delivered: Counter[tuple[int, int]] = Counter()
         self._first = rank * (mixture.batch_size // world_size)
@@ -154,10 +161,10 @@ class StepLoader:
             part, i = divmod(place, b)
             self._write(image, ordinal, visit, {name: array[part] for name, array in arrays.items()}, i)
 
-    def _image(self, corpus: Corpus, ordinal: int) -> np.ndarray:
-        return self.views.decode(corpus.sample(ordinal).data)
+    def _image(self, corpus: Corpus, ordinal: int) -> Jpeg | np.ndarray:
+        return self._decode(corpus.sample(ordinal).data)
 
-    def _stand_in(self, step: _Step, place: int, corpus: Corpus, why: Exception) -> tuple[np.ndarray, int, int]:
+    def _stand_in(self, step: _Step, place: int, corpus: Corpus, why: Exception) -> tuple[Jpeg | np.ndarray, int, int]:
         """The image, ordinal and visit of a sample that can be had instead, and a line in the quarantine list."""
         lost = int(step.slots.ordinal[place])
         for attempt in range(STAND_INS):
@@ -214,7 +221,10 @@ def to_device(
     std: tuple[float, ...] = STD,
 ) -> dict[str, Tensor]:
     """Moves a batch to the device without waiting for it; crops become float32, (pixel / 255 − mean) / std. Those of a
-    staged batch are made there."""
+    staged batch are made there. Where it holds encoded images, their decoding is waited for, as `device_decode.decode`
+    says. Raises UserError for one that cannot be decoded."""
+    if ENCODED in batch:
+        batch = decode(batch, torch.device(device))
     moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
     if CANVAS in moved:
         made = (_compiled() if moved[CANVAS].is_cuda else render)(spec, moved, mean, std)

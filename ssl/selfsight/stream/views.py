@@ -9,15 +9,25 @@ so the pixels do not depend on which process or thread made them, in which order
 import hashlib
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
-from selfsight.shards.decode import decode_pixels
+from selfsight.shards.decode import baseline_size, decode_pixels, scaled_size
 from selfsight.stream import draw, pixels
 from selfsight.viewspec import ViewSpec
 
 CANVAS, EXTENT = "canvas", "extent"  # the staged pixels of a batch, and how much of each canvas an image covers
+ENCODED = "encoded"  # how many bytes of a JPEG lie on each canvas where its pixels would, or 0
+FULL_SIZE = 4  # longer side of the largest JPEG that a device decodes, in canvases: it knows no smaller scales
 Shapes = dict[str, tuple[tuple[int, ...], type]]
+
+
+class Jpeg(NamedTuple):
+    """An image for the device to decode."""
+
+    data: bytes
+    shape: tuple[int, int]  # height and width of what `Views.decode` would have returned
 
 
 class Views:
@@ -41,7 +51,7 @@ class Views:
     ) -> None:
         self.spec, self.seed, self._read = spec, seed, decode
         names = [entry.name for entry in (*spec.crops, *spec.noise)]
-        reserved = {"ordinal", CANVAS, EXTENT}
+        reserved = {"ordinal", CANVAS, EXTENT, ENCODED}
         if len(set(names)) < len(names) or reserved & set(names):
             raise ValueError(f"the names of views must differ, and none may be one of {sorted(reserved)}: {names}")
         for crop in spec.crops:
@@ -58,13 +68,30 @@ class Views:
         """The pixels that crops are cut from, uint8 (H, W, 3): large JPEGs at a half, a quarter or an eighth of their
         size where that is enough, then shrunk to the canvas where the longer side exceeds it. Raises ValueError."""
         image = decode_pixels(data, self.short_side) if self._read is None else _plain(self._read(data))
-        height, width = image.shape[:2]
-        if max(height, width) <= self.canvas:
+        size = self._bounded(*image.shape[:2])
+        if size == image.shape[:2]:
             return image
-        factor = self.canvas / max(height, width)
-        small = np.empty((max(1, round(height * factor)), max(1, round(width * factor)), 3), np.uint8)
+        small = np.empty((*size, 3), np.uint8)
         pixels.shrink(image, small)
         return small
+
+    def decode_later(self, data: bytes) -> Jpeg | np.ndarray:
+        """What `decode` returns, or the bytes where a device can be left to decode them: a JPEG that reads alike
+        everywhere, needs no more room than the canvas has, and is no longer than `FULL_SIZE` canvases.
+
+        Of the latter the header is all that is looked at here. Raises ValueError.
+        """
+        size = baseline_size(data) if self._read is None and len(data) <= 3 * self.canvas**2 else None
+        if size is None or max(size) > FULL_SIZE * self.canvas:
+            return self.decode(data)
+        return Jpeg(data, self._bounded(*scaled_size(*size, self.short_side)))
+
+    def _bounded(self, height: int, width: int) -> tuple[int, int]:
+        """A height and width in the same proportion that the canvas holds."""
+        if max(height, width) <= self.canvas:
+            return height, width
+        factor = self.canvas / max(height, width)
+        return max(1, round(height * factor)), max(1, round(width * factor))
 
     def shapes(self, batch: int) -> Shapes:
         """What `batch` images become: crops uint8 (count, batch, 3, size, size), noise float32 (batch, length)."""
@@ -80,24 +107,34 @@ class Views:
             pixels.render(image, rows, spec.blur_taps, out[spec.name], i)
         self._noise(ordinal, visit, out, i)
 
-    def staging_shapes(self, batch: int) -> Shapes:
+    def staging_shapes(self, batch: int, *, encoded: bool = False) -> Shapes:
         """What travels to a device that makes the crops itself, for `batch` images.
 
         "canvas" uint8 (batch, S, S, 3), zeros beyond the image; "extent" int32 (batch, 2), its height and width; for
         each entry of crops float32 (batch, count, draw.COLUMNS), their parameters; noise float32 (batch, length).
+        Where images may come `encoded`, "encoded" int32 (batch,), how many bytes of a canvas are a JPEG, or 0; what
+        lies behind them is undefined.
         """
         side = self.canvas
         crops: Shapes = {c.name: ((batch, c.count, draw.COLUMNS), np.float32) for c in self.spec.crops}
         staged: Shapes = {CANVAS: ((batch, side, side, 3), np.uint8), EXTENT: ((batch, 2), np.int32)}
+        if encoded:
+            staged[ENCODED] = (batch,), np.int32
         return staged | crops | self._noise_shapes(batch)
 
-    def stage(self, image: np.ndarray, ordinal: int, visit: int, out: dict[str, np.ndarray], i: int) -> None:
-        """Writes pixels that `decode` returned, and what is to become of them, to place `i` of `staging_shapes`."""
+    def stage(self, image: np.ndarray | Jpeg, ordinal: int, visit: int, out: dict[str, np.ndarray], i: int) -> None:
+        """Writes what `decode` or `decode_later` returned, and what is to become of it, to place `i` of
+        `staging_shapes`: `encoded` ones for the latter."""
         height, width = image.shape[:2]
         canvas = out[CANVAS][i]
-        canvas[:height, :width] = image
-        canvas[:height, width:] = 0
-        canvas[height:] = 0
+        if isinstance(image, Jpeg):
+            canvas.reshape(-1)[: len(image.data)] = np.frombuffer(image.data, np.uint8)
+        else:
+            canvas[:height, :width] = image
+            canvas[:height, width:] = 0
+            canvas[height:] = 0
+        if ENCODED in out:
+            out[ENCODED][i] = len(image.data) if isinstance(image, Jpeg) else 0
         out[EXTENT][i] = height, width
         for spec in self.spec.crops:
             self._draw(spec.name, image, ordinal, visit, out[spec.name][i])
@@ -112,7 +149,7 @@ class Views:
     def _noise_shapes(self, batch: int) -> Shapes:
         return {n.name: ((batch, n.length), np.float32) for n in self.spec.noise}
 
-    def _draw(self, name: str, image: np.ndarray, ordinal: int, visit: int, rows: np.ndarray) -> None:
+    def _draw(self, name: str, image: np.ndarray | Jpeg, ordinal: int, visit: int, rows: np.ndarray) -> None:
         height, width = image.shape[:2]
         draw.draw_crops(self._rules[name], self._streams[name], int(ordinal), int(visit), width, height, rows)
 

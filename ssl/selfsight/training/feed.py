@@ -87,6 +87,7 @@ class CorpusFeed:
             workers=stream.workers,
             accumulation=recipe.training.accumulation,
             staged=stream.crops == "device",
+            encoded=stream.decode == "device",
             quarantine=Quarantine(run / "quarantine" / f"{cluster.rank:05d}.jsonl", limit=stream.max_damaged),
         )
 
@@ -99,6 +100,11 @@ class UnindexedFeed:
     def __init__(self, recipe: Recipe) -> None:
         if recipe.unindexed.images is None:
             raise UserError("shards without an index do not say what an epoch is: set unindexed.images to their images")
+        if recipe.stream.decode == "device":
+            raise UserError(
+                "shards without an index are decoded on the CPU: set stream.decode=cpu, or adopt them with selfsight "
+                "corpus adopt"
+            )
         check_range("unindexed.images", recipe.unindexed.images, recipe.batch_size)
         self.recipe, self.n = recipe, recipe.unindexed.images
         self.id = hashlib.sha256(json.dumps(recipe.unindexed.shards).encode()).hexdigest()

@@ -52,6 +52,8 @@ def check(recipe: Recipe) -> None:
             check_range(key, value, low)
     if recipe.stream.crops not in (None, "cpu", "device"):
         raise UserError(f"stream.crops is {recipe.stream.crops!r}: choose cpu or device, or leave it null")
+    if recipe.stream.decode not in ("cpu", "device"):
+        raise UserError(f"stream.decode is {recipe.stream.decode!r}: choose cpu or device")
     check_range("stream.max_damaged", recipe.stream.max_damaged, 0, 1)
     check_range("seed", recipe.seed, 0, 2**63 - 1)
 
@@ -74,6 +76,8 @@ def settle(recipe: Recipe, *, chunks: int | None = None, ranks_here: int = 1) ->
     if recipe.stream.crops is None:
         cuda = torch.cuda.is_available()
         recipe.set("stream.crops", "device" if cuda else "cpu", "where training runs" if cuda else "no GPU")
+    if recipe.stream.decode == "device" and recipe.stream.crops == "cpu":
+        raise UserError("stream.decode=device wants the crops on the device, too: set stream.crops=device")
     if recipe.stream.lanes is None and chunks is not None:
         lanes = auto_lanes(recipe.batch_size, chunks)
         recipe.set("stream.lanes", lanes, f"batches of {recipe.batch_size} from {chunks} chunks")

@@ -17,6 +17,7 @@ FREE = (
     *(
         "stream.workers",
         "stream.crops",
+        "stream.decode",
         "stream.max_damaged",
         "training.log_every",
         "training.checkpoint_every",
