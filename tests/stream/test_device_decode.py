@@ -202,8 +202,8 @@ def test_a_loader_of_encoded_batches_shows_the_same_crops(images, encoded, kept,
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_on_a_gpu(encoded, kept):
-    """nvJPEG repeats the chroma that it enlarges, which moves levels at the edges of colours. Work that is queued keeps
-    its memory: torchvision's decoder would write over what was freed."""
+    """nvJPEG repeats the chroma that it enlarges: where libjpeg does so, these images move by 2 levels on average;
+    twice that may be. Work that is queued keeps its memory: torchvision's decoder would write over what was freed."""
     files = [*encoded.values(), *kept.values()] * 20
     want = batch_of(files, encoded=False)
     batch = batch_of(files, encoded=True, pinned=True)

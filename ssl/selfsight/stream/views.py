@@ -3,7 +3,8 @@
 Every random number is a function of (seed, entry of the spec, sample ordinal, visit) through a counter-based generator,
 so the pixels do not depend on which process or thread made them, in which order, or on the other entries of the spec.
 `selfsight.stream.draw` chooses the parameters of the crops; `selfsight.stream.pixels` applies them on a CPU,
-`selfsight.stream.device` on batches of `stage`d images. Both start from the pixels that `decode` returns.
+`selfsight.stream.device` on batches of `stage`d images. Both start from the pixels that `decode` returns; those of
+JPEGs that `decode_later` leaves encoded are made by `selfsight.stream.device_decode`.
 """
 
 import hashlib
