@@ -147,7 +147,7 @@ class StepLoader:
             try:
                 image = self._image(corpus, ordinal)
             except Unreachable as gone:  # no neighbour of the sample would come either
-                raise UserError(f"{gone}: see to the storage, then give the same command again") from gone
+                raise _storage_gone(gone) from gone
             except (OSError, ValueError) as why:  # of disks; of damaged shards and images
                 image, ordinal, visit = self._stand_in(step, place, corpus, why)
                 slots.ordinal[place] = ordinal
@@ -167,6 +167,8 @@ class StepLoader:
                 break
             try:
                 image = self._image(corpus, found[0])
+            except Unreachable as gone:
+                raise _storage_gone(gone) from gone
             except (OSError, ValueError):
                 continue  # it is found by itself when its turn comes
             self._report(step, lost, corpus, why, found[0])
@@ -192,6 +194,10 @@ class StepLoader:
             for name, values in (("part", step.slots.part), ("ordinal", step.slots.ordinal))
         }
         return [{name: tensor[part] for name, tensor in tensors.items()} for part in range(self.accumulation)]
+
+
+def _storage_gone(problem: Unreachable) -> UserError:
+    return UserError(f"{problem}: see to the storage, then give the same command again")
 
 
 _TORCH = {
