@@ -15,6 +15,8 @@ from selfsight.files import publish
 from selfsight.shards.store import is_url, open_store
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from selfsight.shards.corpus import Corpus
 
 FOLDER = "selections"
