@@ -93,6 +93,11 @@ class StepLoader:
     def __len__(self) -> int:
         return max(0, self.total_steps - self.start_step)
 
+    def epochs_over(self, t: int) -> list[tuple[int, int]]:
+        """As the mixture says, which the threads of this loader use at the same time."""
+        with self._lock:
+            return self.mixture.epochs_over(t)
+
     def __iter__(self) -> Iterator[list[dict[str, Tensor]]]:
         if self.workers == 0:
             for t in range(self.start_step, self.total_steps):
