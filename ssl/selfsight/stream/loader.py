@@ -194,10 +194,13 @@ class StepLoader:
         for (part, epoch), count in zip(pairs.T.tolist(), counts.tolist(), strict=True):
             if epoch >= 0:
                 self.delivered[part, epoch] += count
-        tensors = step.tensors | {
+        names = {
             name: torch.from_numpy(values).view(self.accumulation, -1)
             for name, values in (("part", step.slots.part), ("ordinal", step.slots.ordinal))
         }
+        if torch.cuda.is_available():
+            names = {name: tensor.pin_memory() for name, tensor in names.items()}
+        tensors = step.tensors | names
         return [{name: tensor[part] for name, tensor in tensors.items()} for part in range(self.accumulation)]
 
 
