@@ -17,7 +17,7 @@ import pytest
 
 from launch import cli
 from selfsight.errors import UserError
-from selfsight.shards import Corpus, DamagedTar
+from selfsight.shards import Corpus, DamagedTar, Unreachable
 from selfsight.shards.selection import read_selection, write_selection
 
 N, PER_SHARD, PER_CHUNK = 40, 16, 5
@@ -158,6 +158,14 @@ def test_a_server_that_never_recovers(url, s3, monkeypatch, gone):
     with pytest.raises(OSError, match=rf"3 tries[^\n]*'{url}/shards/000000\.tar'$"):
         corpus.sample(0)
     assert 3 <= s3.asked[f"/{BUCKET}/a/corpus/shards/000000.tar"] <= 6  # a lost connection is tried again below us
+
+
+def test_an_index_for_which_no_answer_came_is_not_called_damaged(url, s3, monkeypatch):
+    monkeypatch.setenv("SELFSIGHT_TRIES", "2")
+    corpus = Corpus.open(url)
+    s3.plan = lambda path, nth: "500" if "index" in path else None
+    with pytest.raises(Unreachable, match=rf"2 tries[^\n]*'{url}/index/000000\.parquet'$"):
+        corpus.sample(0)
 
 
 def test_no_permission_is_not_asked_for_twice(url, s3):

@@ -63,3 +63,13 @@ def test_a_truncated_tar_says_so(cut):
     data = (tar.header("a", 400) + bytes(512) + tar.header("b", 400) + b"x" * 400)[:cut]
     with pytest.raises(tar.DamagedTar):
         list(tar.members(read_from(data), len(data)))
+
+
+def test_a_pax_record_of_absurd_length_is_damage():
+    body = b"1" * 5000 + b" path=a\n"
+    header = bytearray(tar.header("a", len(body)))
+    header[156:157] = b"x"
+    header[148:156] = b"%06o\0 " % tar.checksum(header)
+    data = bytes(header) + body + bytes(-len(body) % tar.BLOCK)
+    with pytest.raises(tar.DamagedTar, match="malformed PAX record"):
+        list(tar.members(read_from(data), len(data)))

@@ -160,6 +160,8 @@ def test_a_stand_in_shows_crops_that_its_own_turn_does_not(unbroken, loader, ima
 def test_too_many_bad_images_end_in_a_sentence(loader, images):
     with pytest.raises(UserError, match=r"^\d+ of \d+ images cannot be read, more than stream.max_damaged=0.001 "):
         list(loader(images(bad=range(0, 80, 5)), workers=2))
+    with pytest.raises(UserError, match=r"^1 of \d+ images cannot be read, more than stream.max_damaged=0 allows"):
+        list(loader(images(bad=[5, 47]), quarantine=Quarantine(limit=0)))
     borne = loader(images(bad=range(0, 80, 5)), quarantine=Quarantine(limit=0.5))
     assert len(list(borne)) == 6
     assert len(borne.quarantine) == 16

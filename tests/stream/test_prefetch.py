@@ -74,3 +74,20 @@ def test_storage_that_is_gone_ends_in_a_sentence(far, monkeypatch):
     with pytest.raises(UserError, match=r"nothing came in 6 tries.*s3://bucket.*give the same command again$"):
         list(loader)
     assert len(loader.quarantine) == 0
+
+
+def test_storage_that_goes_while_a_stand_in_is_sought_says_nothing_against_the_images(far, monkeypatch):
+    read = []
+
+    def sample(self, ordinal):
+        read.append(ordinal)
+        if len(read) == 1:
+            raise ValueError("the image is not what was stored")
+        raise Unreachable(5, "nothing came in 6 tries (TimeoutError)", "s3://bucket/shards/000000.tar")
+
+    monkeypatch.setattr(far, "sample", sample)
+    mixture = Mixture([Part(far())], batch_size=8, lanes=4, window=3, seed=0)
+    loader = StepLoader(mixture, Views(SPEC, seed=0), total_steps=2, workers=0)
+    with pytest.raises(UserError, match=r"nothing came in 6 tries.*give the same command again$"):
+        list(loader)
+    assert (len(read), len(loader.quarantine)) == (2, 0)

@@ -305,17 +305,29 @@ def test_print_shows_the_recipe_without_a_corpus(selfsight, recipe, corpora, cap
     assert f"lanes: {lanes} " in capsys.readouterr().out
 
 
-def test_every_epoch_is_accounted_for_across_a_stop(selfsight, command, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("rarely", "stop", "delivered", "told"),
+    [
+        ([], 5, [[0, 0, 40]], [6, 12]),
+        # The first epoch ends between two looks, and the run is stopped before the second one.
+        (["training.log_every=50", "training.checkpoint_every=50"], 8, [[0, 1, 16]], [8, 12]),
+    ],
+)
+def test_every_epoch_is_accounted_for_across_a_stop(
+    rarely, stop, delivered, told, selfsight, command, tmp_path, monkeypatch
+):
     with monkeypatch.context() as patch:
         asked = iter(range(1, 100))
-        patch.setattr(Interrupts, "asked_to_stop", lambda self: next(asked) >= 5)
-        assert selfsight(command("run", "training.log_every=1")) == 85
-    state = json.loads(next((tmp_path / "run" / "checkpoints").glob("step_*/state.json")).read_text())
-    assert state["delivered"] == [[0, 0, 8 * state["step"]]] != [[0, 0, 48]]
-    assert selfsight(command("run", "training.log_every=1")) == 0
+        patch.setattr(Interrupts, "asked_to_stop", lambda self: next(asked) >= stop)
+        assert selfsight(command("run", *rarely)) == 85
+    state = json.loads(next((tmp_path / "run" / "checkpoints").glob(f"step_*{stop}/state.json")).read_text())
+    assert state["delivered"] == delivered
+    assert selfsight(command("run", *rarely)) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     notes = [(line["step"], line["note"]) for line in lines if "note" in line]
-    assert notes == [(6 * e, f"epoch {e} is over: all of its 48 images were delivered") for e in (1, 2)]
+    assert notes == [
+        (step, f"epoch {epoch} is over: all of its 48 images were delivered") for epoch, step in enumerate(told, 1)
+    ]
 
 
 def test_parts_of_a_mixture_and_a_selection(selfsight, command, corpora, tmp_path, capsys):
@@ -327,6 +339,10 @@ def test_parts_of_a_mixture_and_a_selection(selfsight, command, corpora, tmp_pat
     finished = command("mixed", f"mixture={parts.replace('0.25', '0.3')}", "corpus=null")
     assert selfsight(finished) == 2
     assert "is from another corpus" in capsys.readouterr().err
+    for key, wrong in (("weight", ".inf"), ("weight", "-1"), ("alone", ".nan"), ("alone", "1.5")):
+        mixture = f"mixture=[{{corpus: {corpora['one']}, {key}: {wrong}}}]"
+        assert selfsight(command("wrong", mixture, "corpus=null")) == 2
+        assert re.search(rf"the .*{key}.* of .* is .*: give 0 ", capsys.readouterr().err)
     assert selfsight(command("both", f"mixture={parts}")) == 2
     assert "corpus and mixture name images" in capsys.readouterr().err
     assert selfsight(command("none", "selection=nothing")) == 2

@@ -26,6 +26,7 @@ from selfsight.shards.cache import Opened
 from selfsight.shards.decode import EXTENSIONS
 from selfsight.shards.index import foreign_index, read_index
 from selfsight.shards.manifest import Manifest, Shard
+from selfsight.shards.remote import Unreachable
 from selfsight.shards.store import FILE_SCHEME, is_url, open_store
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class Corpus:
         """Random access: O(log chunks) once its chunk is known.
 
         Raises IndexError outside 0 … n-1, DamagedTar where the shard does not hold what the index says, OSError where
-        it cannot be read, and UserError where the index cannot.
+        it cannot be read, Unreachable where no answer came, and UserError where the index is not what it should be.
         """
         if not 0 <= ordinal < self.n:
             raise IndexError(f"sample {ordinal} of a corpus of {self.n}")
@@ -155,7 +156,8 @@ class Corpus:
         return self.index(["label"])["label"].to_numpy().astype(np.int64)
 
     def index(self, columns: list[str] | None = None) -> "pa.Table":
-        """The index, one row per sample, by ordinal. Raises UserError where a file of it is missing or damaged."""
+        """The index, one row per sample, by ordinal. Raises UserError where a file of it is missing or damaged, and
+        Unreachable where no answer came."""
         import pyarrow as pa
 
         if not is_url(self.path):
@@ -177,6 +179,8 @@ class Corpus:
         try:
             with self._store.open(shard.index, shard.index_sha256) as opened:
                 file = opened.read()
+        except Unreachable:  # which says nothing against the index
+            raise
         except OSError as e:
             raise UserError(f"{name} cannot be read ({e}): run `selfsight corpus verify`") from None
         if hashlib.sha256(file).hexdigest() != shard.index_sha256:
@@ -209,12 +213,12 @@ class Corpus:
             self._forget()
 
     def _forget(self) -> None:
-        self._pid = os.getpid()
         self._lock = threading.Lock()
         self._turns = [threading.Lock() for _ in range(REQUESTS)]
         self._store = open_store(self.path)
         self._indexed: OrderedDict[int, tuple[list[str], np.ndarray]] = OrderedDict()
         self._chunks_known: OrderedDict[int, tuple[list[str], np.ndarray]] = OrderedDict()
+        self._pid = os.getpid()  # last: another thread that finds it renewed takes up all of the above
 
     def _known(self, chunk: int, shard: Shard) -> tuple[list[str], np.ndarray]:
         """Of each sample of a chunk the extension, and int64 (n, 7): the columns FOUND_BY."""

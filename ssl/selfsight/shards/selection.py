@@ -15,6 +15,8 @@ from selfsight.files import publish
 from selfsight.shards.store import is_url, open_store
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from selfsight.shards.corpus import Corpus
 
 FOLDER = "selections"
@@ -51,13 +53,12 @@ def read_selection(corpus: "Corpus", name: str) -> Selection:
         raise UserError(f"there is no {path}: give {known}") from None
     except (OSError, pa.ArrowException) as e:
         raise UserError(f"{path} cannot be read ({e}): give a Parquet file with columns key and repeat") from None
-    keys = table["key"].to_numpy(zero_copy_only=False) if "key" in columns else np.array([])
+    if "key" not in columns:
+        raise UserError(f"{path} has no column key: give it the keys of the corpus's samples")
     try:
-        ordinals = np.array([int(k) for k in keys], dtype=np.int64)
-        repeats = np.ones_like(ordinals)
-        if "repeat" in columns:
-            repeats = table["repeat"].to_numpy().astype(np.int64, casting="safe")
-    except (TypeError, ValueError, OverflowError):
+        ordinals = _whole_numbers(table["key"].cast(pa.string()))
+        repeats = _whole_numbers(table["repeat"]) if "repeat" in columns else np.ones_like(ordinals)
+    except (ValueError, TypeError, NotImplementedError):  # as pyarrow names what it cannot convert
         raise UserError(f"{path}: a key or repeat is no whole number: keys are those of the corpus's samples") from None
     kept = repeats > 0
     ordinals, repeats = ordinals[kept], repeats[kept]
@@ -66,11 +67,21 @@ def read_selection(corpus: "Corpus", name: str) -> Selection:
     by_ordinal = np.argsort(ordinals, kind="stable")
     ordinals, repeats = ordinals[by_ordinal], repeats[by_ordinal]
     if ordinals[0] < 0 or ordinals[-1] >= corpus.n:
-        raise UserError(f"{path} names sample {ordinals[-1]} of a corpus of {corpus.n}: it belongs to another corpus")
+        stray = ordinals[0 if ordinals[0] < 0 else -1]
+        raise UserError(f"{path} names sample {stray} of a corpus of {corpus.n}: it belongs to another corpus")
     if (np.diff(ordinals) == 0).any():
         raise UserError(f"{path} names sample {ordinals[:-1][np.diff(ordinals) == 0][0]} twice: use its repeat column")
     digest = hashlib.sha256(ordinals.astype("<i8").tobytes() + repeats.astype("<i8").tobytes()).hexdigest()
     return Selection(ordinals, repeats, digest)
+
+
+def _whole_numbers(column: "pa.ChunkedArray") -> np.ndarray:
+    """int64, whatever type they are written as. Raises ValueError where one is missing or no whole number."""
+    import pyarrow as pa
+
+    if column.null_count:
+        raise ValueError("a value is missing")
+    return column.cast(pa.int64()).to_numpy()
 
 
 def write_selection(

@@ -149,7 +149,8 @@ def _pax(body: bytes, offset: int) -> dict[bytes, bytes]:
     records = {}
     while body:
         length, space, _ = body.partition(b" ")
-        if not space or not length.isdigit() or not len(length) < int(length) <= len(body):
+        # Python refuses to convert more than 4300 digits; seven are enough for MAX_EXTENSION_RECORD.
+        if not space or not length.isdigit() or len(length) > 9 or not len(length) < int(length) <= len(body):
             raise DamagedTar("a malformed PAX record", offset)
         key, _, value = body[len(length) + 1 : int(length) - 1].partition(b"=")
         records[key] = value

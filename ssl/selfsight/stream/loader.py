@@ -100,6 +100,11 @@ class StepLoader:
     def __len__(self) -> int:
         return max(0, self.total_steps - self.start_step)
 
+    def epochs_over(self, t: int) -> list[tuple[int, int]]:
+        """As the mixture says, which the threads of this loader use at the same time."""
+        with self._lock:
+            return self.mixture.epochs_over(t)
+
     def __iter__(self) -> Iterator[list[dict[str, Tensor]]]:
         if self.workers == 0:
             for t in range(self.start_step, self.total_steps):
@@ -154,7 +159,7 @@ class StepLoader:
             try:
                 image = self._image(corpus, ordinal)
             except Unreachable as gone:  # no neighbour of the sample would come either
-                raise UserError(f"{gone}: see to the storage, then give the same command again") from gone
+                raise _storage_gone(gone) from gone
             except (OSError, ValueError) as why:  # of disks; of damaged shards and images
                 image, ordinal, visit = self._stand_in(step, place, corpus, why)
                 slots.ordinal[place] = ordinal
@@ -174,6 +179,8 @@ class StepLoader:
                 break
             try:
                 image = self._image(corpus, found[0])
+            except Unreachable as gone:
+                raise _storage_gone(gone) from gone
             except (OSError, ValueError):
                 continue  # it is found by itself when its turn comes
             self._report(step, lost, corpus, why, found[0])
@@ -194,11 +201,18 @@ class StepLoader:
         for (part, epoch), count in zip(pairs.T.tolist(), counts.tolist(), strict=True):
             if epoch >= 0:
                 self.delivered[part, epoch] += count
-        tensors = step.tensors | {
+        names = {
             name: torch.from_numpy(values).view(self.accumulation, -1)
             for name, values in (("part", step.slots.part), ("ordinal", step.slots.ordinal))
         }
+        if torch.cuda.is_available():
+            names = {name: tensor.pin_memory() for name, tensor in names.items()}
+        tensors = step.tensors | names
         return [{name: tensor[part] for name, tensor in tensors.items()} for part in range(self.accumulation)]
+
+
+def _storage_gone(problem: Unreachable) -> UserError:
+    return UserError(f"{problem}: see to the storage, then give the same command again")
 
 
 _TORCH = {

@@ -189,7 +189,7 @@ class _View:
             self._copies = np.arange(len(self._entries)) - np.repeat(
                 np.cumsum(selection.repeats) - selection.repeats, selection.repeats
             )
-            borders = np.searchsorted(self._entries, [*chunks["first"], part.corpus.n])
+            borders = np.searchsorted(self._entries, np.append(chunks["first"].astype(np.int64), part.corpus.n))
             self.chunks = np.flatnonzero(np.diff(borders))
             self.sizes = np.diff(borders)[self.chunks]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from selfsight.errors import UserError
 
 LIMIT = 0.001  # of the samples read, above which training stops
-ALWAYS_BORNE = 8  # bad samples that are no rate yet
+ALWAYS_BORNE = 8  # bad samples that are no rate yet, unless none at all may be bad
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Quarantine:
                 with open(self.path, "a", encoding="utf-8") as f:
                     f.write(json.dumps(asdict(finding), ensure_ascii=False) + "\n")
             bad = len(self._known)
-        if bad > ALWAYS_BORNE and bad > self.limit * read:
+        if bad > (ALWAYS_BORNE if self.limit else 0) and bad > self.limit * read:
             raise UserError(
                 f"{bad} of {max(read, bad)} images cannot be read, more than stream.max_damaged={self.limit:g} allows "
                 f"(last: {finding.where}: {finding.what}): run selfsight corpus verify"

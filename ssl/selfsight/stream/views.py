@@ -52,7 +52,7 @@ class Views:
     ) -> None:
         self.spec, self.seed, self._read = spec, seed, decode
         names = [entry.name for entry in (*spec.crops, *spec.noise)]
-        reserved = {"ordinal", CANVAS, EXTENT, ENCODED}
+        reserved = {"part", "ordinal", CANVAS, EXTENT, ENCODED}
         if len(set(names)) < len(names) or reserved & set(names):
             raise ValueError(f"the names of views must differ, and none may be one of {sorted(reserved)}: {names}")
         for crop in spec.crops:

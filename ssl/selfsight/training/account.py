@@ -17,14 +17,17 @@ class Account:
     """
 
     def __init__(self, loader: StepLoader, cluster: Cluster, start: int, restored: list[list[int]]) -> None:
-        self.loader, self.mixture, self.cluster = loader, loader.mixture, cluster
+        self.loader, self.cluster = loader, cluster
         self._before = Counter({(part, epoch): count for part, epoch, count in restored})
-        self._told = [least for least, _ in self.mixture.epochs_over(start)]
+        self._told = [least for least, _ in loader.epochs_over(start)]
         self._findings = self._replaced = 0
+        path = loader.quarantine.path
+        if path is not None and cluster.rank == 0:  # what was found before the checkpoint has been told
+            self._replaced = sum(finding.step < start for finding in read_quarantine(path.parent))
 
     def open(self, step: int) -> list[list[int]]:
         """(part, epoch, samples) of the epochs that are not over at `step`, for the checkpoint."""
-        over = enumerate(self.mixture.epochs_over(step))
+        over = enumerate(self.loader.epochs_over(step))
         keys = [(part, epoch) for part, (least, most) in over for epoch in range(least, most + 1)]
         return [[*key, count] for key, count in zip(keys, self._delivered(keys), strict=True) if count]
 
@@ -33,11 +36,11 @@ class Account:
         return [*self._lost(), *self._finished(step)]
 
     def _finished(self, step: int) -> Iterator[tuple[bool, str]]:
-        over = [least for least, _ in self.mixture.epochs_over(step)]
+        over = [least for least, _ in self.loader.epochs_over(step)]
         ended = [(part, e) for part, last in enumerate(over) for e in range(self._told[part], last)]
         self._told = over
         for (part, epoch), count in zip(ended, self._delivered(ended), strict=True):
-            n = self.mixture.parts[part].n
+            n = self.loader.mixture.parts[part].n
             which = f"epoch {epoch + 1}" + (f" of part {part + 1}" if len(over) > 1 else "")
             if count == n:
                 yield False, f"{which} is over: all of its {n} images were delivered"

@@ -126,6 +126,8 @@ class UnindexedFeed:
 
 
 def _part(given: PartConfig, batch_size: int) -> Part:
+    check_range(f"the weight of {given.corpus}", given.weight, 0)
+    check_range(f"the share alone of {given.corpus}", given.alone, 0, 1)
     corpus = Corpus.open(given.corpus)
     chosen = None if given.selection is None else read_selection(corpus, given.selection)
     # Through text: 0.1 means a tenth, not the float next to it.

@@ -208,6 +208,7 @@ class _Run:
                         "optimizer.base_lr, a longer warm-up, optimizer.clip or training.precision=fp32"
                     )
                 if done % training.checkpoint_every == 0 or done == self.total_steps or result.stop:
+                    self._count(log, done)  # who goes on from here will not ask again what is over
                     self._save(engine, done, log)
                 if shown:
                     shown.advance(loss=f"{result.loss:.4f}", lr=f"{result.lr:.2e}")
