@@ -52,3 +52,13 @@ def block_masks(
         count += added * laid
         failures = torch.where(laid, 0, failures + 1)
     return ~free.flatten(1)
+
+
+def top_up(masks: Tensor, asked: Tensor, keys: Tensor) -> Tensor:
+    """masks (B, N) of at most `asked` (B,) patches → of exactly that many: the patches of the smallest keys join.
+
+    keys (B, N) in [0, 1). DINOv3 does so, which makes the number of masked patches of a batch the same at every step.
+    """
+    keys = keys.masked_fill(masks, -1.0)
+    place = keys.argsort(dim=1, stable=True).argsort(dim=1)
+    return place < asked.unsqueeze(1)

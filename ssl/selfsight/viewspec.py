@@ -34,6 +34,8 @@ class CropSpec:
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # standard deviation in pixels
     blur_taps: int = 13  # pixels that the Gaussian spans, odd: the centre and 3 σ to either side
     solarize: tuple[float, ...] = ()  # probability, for each of the `count` crops; empty = never
+    like: str = ""  # name of other crops whose random numbers these take too: with their scale, ratio and flip, their
+    # boxes and flips. "" = numbers of its own
 
     def __post_init__(self) -> None:
         """Raises UserError for crops that cannot be made."""

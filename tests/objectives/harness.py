@@ -51,6 +51,9 @@ SMALL = {
     "decoder_dim": 24,
     "decoder_groups": 4,
     "decoder_layers": 2,
+    "gram_start": 0,
+    "gram_refresh_every": 2,
+    "gram_crops_size": 64,
 }
 START = Progress(step=0, steps_per_epoch=4, total_steps=16)
 

@@ -78,6 +78,17 @@ def test_entries_draw_from_streams_of_their_own():
     assert_same(views(ViewSpec((), SPEC.noise))(IMAGE, 7, 2), first, ["mask"])
 
 
+def test_crops_like_others_have_their_boxes_and_flips():
+    plain = CropSpec("global", 2, 32, (0.4, 1.0))
+    larger = CropSpec("gram", 2, 32, (0.4, 1.0), like="global")
+    out = views(ViewSpec((plain, larger)))(IMAGE, 7, 2)
+    np.testing.assert_array_equal(out["gram"], out["global"])
+    distorted = views(ViewSpec((GLOBAL, larger)))(IMAGE, 7, 2)
+    np.testing.assert_array_equal(distorted["gram"], out["gram"])
+    with pytest.raises(ValueError, match="none of that name"):
+        views(ViewSpec((larger,)))
+
+
 def test_large_ordinals_and_seeds():
     v = views(seed=2**63 + 5)
     assert not np.array_equal(v(IMAGE, 2**40, 1)["mask"], v(IMAGE, 2**40 + 1, 1)["mask"])

@@ -28,6 +28,7 @@ class DINOHead(nn.Module):
 
     Caron et al. 2021, appendix C; facebookresearch/dino, vision_transformer.py, whose parameter names it keeps.
     `norm_last_layer` keeps the prototypes at length 1 by freezing `weight_g`, which stabilises long trainings.
+    Without `weight_norm` the prototypes are a plain linear layer, as in DINOv3.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class DINOHead(nn.Module):
         use_bn: bool = False,
         norm_last_layer: bool = True,
         mlp_bias: bool = True,
+        weight_norm: bool = True,
     ) -> None:
         super().__init__()
         nlayers = max(nlayers, 1)
@@ -53,8 +55,12 @@ class DINOHead(nn.Module):
                 layers += [nn.Linear(width, hidden_dim, bias=mlp_bias), *norm, nn.GELU()]
             self.mlp = nn.Sequential(*layers, nn.Linear(hidden_dim, bottleneck_dim, bias=mlp_bias))
         self.apply(init_linear)
-        self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
-        self.last_layer.weight_g.requires_grad_(not norm_last_layer)
+        if weight_norm:
+            self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
+            self.last_layer.weight_g.requires_grad_(not norm_last_layer)
+        else:
+            self.last_layer = nn.Linear(bottleneck_dim, out_dim, bias=False)
+            init_linear(self.last_layer)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last_layer(F.normalize(self.mlp(x), dim=-1))

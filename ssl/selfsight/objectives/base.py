@@ -96,9 +96,9 @@ def pair_features(encoder: Encoder, pair: Tensor) -> Tensor:
     return rearrange(features, "(v b) d -> v b d", v=len(pair))
 
 
-def cosine_momentum(start: float, progress: Progress) -> float:
-    """The teacher's m on a cosine from `start` to 1 over training (BYOL, DINO, MoCo v3)."""
-    return 1.0 + 0.5 * (start - 1.0) * (1.0 + math.cos(math.pi * progress.step / progress.total_steps))
+def cosine_momentum(start: float, progress: Progress, end: float = 1.0) -> float:
+    """The teacher's m on a cosine from `start` to `end` over training (BYOL, DINO, MoCo v3)."""
+    return end + 0.5 * (start - end) * (1.0 + math.cos(math.pi * progress.step / progress.total_steps))
 
 
 class Objective(nn.Module, ABC):

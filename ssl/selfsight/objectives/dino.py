@@ -8,6 +8,7 @@ Equal to facebookresearch/dino, main_dino.py, in its numbers.
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,7 @@ class DINOConfig:
 
 class DINO(Objective):
     Config = DINOConfig
+    weight_norm: ClassVar[bool] = True  # of the prototypes
     center: Tensor
     pending_sum: Tensor
     pending_rows: Tensor
@@ -91,6 +93,7 @@ class DINO(Objective):
             bottleneck_dim=c.bottleneck_dim,
             nlayers=c.head_layers,
             norm_last_layer=c.norm_last_layer,
+            weight_norm=self.weight_norm,
         )
 
     def views(self) -> ViewSpec:

@@ -9,6 +9,7 @@ over the batch, and learning rates that fall towards the image. Registers (Darce
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from selfsight.collective import Collective
+from selfsight.encoders import Tokens
 from selfsight.errors import UserError, check_range
 from selfsight.losses import ibot_loss, koleo, sinkhorn_knopp
 from selfsight.losses.ibot import masked_rows
@@ -47,13 +49,14 @@ class DINOv2Config(IBOTConfig):
 class DINOv2(IBOT):
     Config = DINOv2Config
     joint = True  # KoLeo, Sinkhorn and the spread of the mask ratios
+    token_std: ClassVar[float] = 1e-6  # of the class token's and the registers' initial values
     config: DINOv2Config
 
     def __init__(self, config: DINOv2Config, encoder: EncoderConfig, collective: Collective | None = None) -> None:
         super().__init__(_checked(config), encoder, collective)
         for tokens in (self.student.vit.cls_token, self.student.vit.reg_token):
             if tokens is not None:
-                nn.init.normal_(tokens, std=1e-6)
+                nn.init.normal_(tokens, std=self.token_std)
         self.teacher.load_state_dict(self.student.state_dict())
 
     def masks(self, noise: Tensor) -> Tensor:
@@ -61,38 +64,75 @@ class DINOv2(IBOT):
         draws its ratio from the i-th of equal parts of `mask_ratio`. So where and in what order the blocks lie follows
         from an image's own numbers, how many there are from the whole batch's, whatever ranks it is shared out to.
         """
-        c, p = self.config, self.student.patch_size
-        grid = self.student.grid(c.global_crops_size)
+        grid = self.student.grid(self.config.global_crops_size)
         noise = rearrange(noise, "b (v n) -> (v b) n", v=2)
-        order, u = noise[:, 0], noise[:, 1].float()
+        low, high = self.ratio_bounds(noise[:, 0])
+        asked = (grid**2 * (low + (high - low) * noise[:, 1].float())).int()
+        return self.blocks(noise[:, 2:], asked)
+
+    def ratio_bounds(self, order: Tensor) -> tuple[Tensor, Tensor]:
+        """order (2·B,), of this rank's crops, random → from which to which share of each is to be masked, 0 for those
+        that are not: float32 (2·B,) each.
+        """
+        c = self.config
         everyone = self.collective.gather(order)
         place = (everyone < order.unsqueeze(1)).sum(dim=1)  # of each crop among all, from 0
         n = int(len(everyone) * c.mask_probability)
-        bounds = torch.linspace(c.mask_ratio[0], c.mask_ratio[1], n + 1).to(noise.device)
+        bounds = torch.linspace(c.mask_ratio[0], c.mask_ratio[1], n + 1).to(order.device)
         low, high = bounds[place.clamp(max=n)], bounds[(place + 1).clamp(max=n)]
-        asked = torch.where(place < n, (grid**2 * (low + (high - low) * u)).int(), 0)
-        max_area = 0.5 * c.global_crops_size // p * c.global_crops_size // p  # in the official order of operations
-        return block_masks(noise[:, 2:], asked, (grid, grid), min_area=MIN_AREA, max_area=max_area)
+        return torch.where(place < n, low, 0.0), torch.where(place < n, high, 0.0)
+
+    def blocks(self, noise: Tensor, asked: Tensor) -> Tensor:
+        """Masks of about `asked` (2·B,) patches each, from noise (2·B, NUMBERS): bool (2·B, N)."""
+        size, p = self.config.global_crops_size, self.student.patch_size
+        max_area = 0.5 * size // p * size // p  # in the official order of operations
+        return block_masks(noise, asked, (size // p, size // p), min_area=MIN_AREA, max_area=max_area)
 
     def distil(self, batch: dict[str, Tensor], mask: Tensor, progress: Progress) -> Outcome:
-        c, temp = self.config, self.teacher_temperature(progress)
-        at, weight = masked_rows(mask)
         t, s, cls_s = self.see(batch, mask)
         assert t.cls is not None
-        student_head, teacher_head = self.patch_heads()
         with torch.no_grad():
-            q = self.cls_targets(self.per_crop(self.teacher_head(t.cls), batch), temp)  # (2, B, K)
-            q_patch = self.patch_targets(teacher_head(t.patches.flatten(0, 1)[at]), temp)  # (M, K)
+            logits_t = self.per_crop(self.teacher_head(t.cls), batch)
+            q = self.cls_targets(logits_t, self.teacher_temperature(progress))  # (2, B, K)
             entropy = torch.special.entr(q).sum(dim=-1).mean()
-        l_local, l_global = dino_losses(self.per_crop(self.student_head(cls_s), batch), q, c.student_temp)
-        l_ibot = ibot_loss(student_head(s.patches.flatten(0, 1)[at]), q_patch, weight, len(mask), c.student_temp)
+        l_local, l_global = dino_losses(self.per_crop(self.student_head(cls_s), batch), q, self.config.student_temp)
         first, second = cls_s[: len(mask)].chunk(2)  # of the global crops, before the head; each crop by itself
-        l_koleo = koleo(first, self.collective) + koleo(second, self.collective)
-        loss = c.dino_weight * (l_local + l_global) + c.ibot_weight * l_ibot + c.koleo_weight * l_koleo
-        terms = {"dino_local": l_local, "dino_global": l_global, "ibot": l_ibot, "koleo": l_koleo}
+        terms = {
+            "dino_local": l_local,
+            "dino_global": l_global,
+            "ibot": self.ibot(t, s, mask, progress),
+            "koleo": self.koleo(first) + self.koleo(second),
+            **self.further_terms(batch, s, progress),
+        }
+        weights = self.weights()
+        loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         metrics = {name: term.detach() for name, term in terms.items()}
         kl = (l_local + l_global).detach() - entropy
         return Outcome(loss, t.cls[: len(mask) // 2], {**metrics, "teacher_entropy": entropy, "kl": kl})
+
+    def weights(self) -> dict[str, float]:
+        """Of each term in the loss."""
+        c = self.config
+        dino = {"dino_local": c.dino_weight, "dino_global": c.dino_weight}
+        return {**dino, "ibot": c.ibot_weight, "koleo": c.koleo_weight}
+
+    def ibot(self, t: Tokens, s: Tokens, mask: Tensor, progress: Progress) -> Tensor:
+        """L_iBOT of the masked patches, a scalar."""
+        at, weight = masked_rows(mask)
+        student_head, teacher_head = self.patch_heads()
+        with torch.no_grad():
+            logits_t = teacher_head(t.patches.flatten(0, 1)[at])
+            q = self.patch_targets(logits_t, self.teacher_temperature(progress))  # (M, K)
+        logits_s = student_head(s.patches.flatten(0, 1)[at])
+        return ibot_loss(logits_s, q, weight, len(mask), self.config.student_temp)
+
+    def koleo(self, cls: Tensor) -> Tensor:
+        """L_KoLeo of class tokens (B, D), a scalar."""
+        return koleo(cls, self.collective)
+
+    def further_terms(self, batch: dict[str, Tensor], s: Tokens, progress: Progress) -> dict[str, Tensor]:
+        """What a method that builds on this one adds, by names that have a weight; s: the student's global crops."""
+        return {}
 
     def cls_targets(self, logits: Tensor, temp: float) -> Tensor:
         """Teacher logits (2, B, K) → probabilities; both crops of all ranks are one batch to Sinkhorn."""

@@ -90,8 +90,12 @@ class IBOT(DINO):
         s = self.student(images, mask=mask, mask_token=self.mask_token)
         if "local" not in batch:
             return t, s, _cls(s)
-        local = self.student(rearrange(batch["local"], "v b c h w -> (v b) c h w"))
-        return t, s, torch.cat([_cls(s), _cls(local)])
+        local = self.see_local(rearrange(batch["local"], "v b c h w -> (v b) c h w"))
+        return t, s, torch.cat([_cls(s), local])
+
+    def see_local(self, images: Tensor) -> Tensor:
+        """The student's class tokens (n·B, D) of the local crops."""
+        return _cls(self.student(images))
 
     def per_crop(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """(V·B, K) → (V, B, K) in fp32 or wider: softmax and loss leave autocast here."""

@@ -62,7 +62,10 @@ class Views:
         # The shorter side that the smallest crop of a square image needs, to be resized by a factor of 1.
         self.short_side = max((math.ceil(c.size / math.sqrt(c.scale[0])) for c in spec.crops), default=1)
         self.canvas = canvas or math.ceil(self.short_side * math.sqrt(4 / 3) / 64) * 64
-        self._streams = {name: _stream_key(seed, name) for name in names}
+        likes = {crop.name: crop.like for crop in spec.crops if crop.like}
+        if strangers := set(likes.values()) - set(names):
+            raise ValueError(f"views are to be like {strangers.pop()}, and there is none of that name")
+        self._streams = {name: _stream_key(seed, likes.get(name, name)) for name in names}
         self._rules = {c.name: draw.rules(c) for c in spec.crops}
 
     def decode(self, data: bytes) -> np.ndarray:
