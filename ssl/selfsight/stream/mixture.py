@@ -141,7 +141,7 @@ class Mixture:
                 asked = [(p, o, int(self._lanes[lane].counts(position)[p])) for p, o in enumerate(self._blended)]
             for part, order, at in asked:
                 if order:
-                    found |= {(part, c) for c in self._views[part].chunks[order.chunks_at(lane, at)].tolist()}
+                    found |= {(part, c) for c in self._views[part].chunks(order.chunks_at(lane, at)).tolist()}
         return found
 
     def epochs_over(self, t: int) -> list[tuple[int, int]]:
@@ -181,8 +181,8 @@ class _View:
 
     def __init__(self, part: Part) -> None:
         chunks = part.corpus.chunks
-        self._entries = self._copies = None
-        self._most, self.sizes, self.chunks = 1, chunks["n"], np.arange(len(chunks))
+        self._entries = self._copies = self._chunks = None
+        self._most, self.sizes = 1, chunks["n"]
         if (selection := part.selection) is not None:
             self._most = int(selection.repeats.max())
             self._entries = np.repeat(selection.ordinals, selection.repeats)
@@ -190,8 +190,12 @@ class _View:
                 np.cumsum(selection.repeats) - selection.repeats, selection.repeats
             )
             borders = np.searchsorted(self._entries, np.append(chunks["first"].astype(np.int64), part.corpus.n))
-            self.chunks = np.flatnonzero(np.diff(borders))
-            self.sizes = np.diff(borders)[self.chunks]
+            self._chunks = np.flatnonzero(np.diff(borders))
+            self.sizes = np.diff(borders)[self._chunks]
+
+    def chunks(self, numbers: np.ndarray) -> np.ndarray:
+        """Of chunks of the part, which ones of the corpus they are."""
+        return numbers if self._chunks is None else self._chunks[numbers]
 
     def resolve(self, entries: np.ndarray, epochs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(ordinals in the corpus, visits): each copy of a repeated sample is a visit of its own."""
