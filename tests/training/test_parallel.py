@@ -92,6 +92,15 @@ def test_two_processes_are_one_and_continue_what_one_began(
     assert_same_training(read(tmp_path / "one"), read(tmp_path / "mixed"), 12)
 
 
+def test_cores_are_shared_out_among_those_that_share_them():
+    """torchrun gives all ranks of a machine the same cores; srun, as a rule, gives each its own."""
+    together = [(machine, list(range(96))) for machine in "ab" for _ in range(8)]
+    assert [cluster.neighbours(together, rank) for rank in (0, 15)] == [(8, 8), (8, 8)]
+    bound = [(machine, list(range(12 * i, 12 * i + 12))) for machine in "ab" for i in range(8)]
+    assert [cluster.neighbours(bound, rank) for rank in (0, 15)] == [(8, 1), (8, 1)]
+    assert cluster.neighbours([("a", [0])], 0) == (1, 1)
+
+
 def test_ranks_are_read_from_torchrun_and_from_srun():
     assert cluster.ranks({}) == {}
     assert cluster.ranks({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}) == {}

@@ -36,7 +36,7 @@ TASK = 8  # samples a thread takes at a time
 
 
 def auto_workers(ranks_here: int = 1) -> int:
-    """Decoding threads per rank when `ranks_here` ranks share this machine: a core each is left to training."""
+    """Decoding threads per rank when `ranks_here` ranks share these cores: a core each is left to training."""
     return max(0, min(available_cores() // ranks_here - 1, MAX_WORKERS))
 
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from selfsight.collective import Collective, DistributedCollective
 from selfsight.errors import UserError
+from selfsight.machine import core_numbers, machine_id
 
 T = TypeVar("T")
 
@@ -32,6 +33,8 @@ class Cluster:
     local_rank: int
     world_size: int
     device: torch.device
+    ranks_here: int = 1  # on this machine
+    sharing: int = 1  # of those, how many may run on the same cores: srun gives each some of its own, torchrun does not
 
     def collective(self) -> Collective:
         return DistributedCollective() if self.world_size > 1 else Collective()
@@ -134,7 +137,21 @@ def join() -> Cluster:
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False)
-    return Cluster(rank, local_rank, world_size, device)
+    return Cluster(rank, local_rank, world_size, device, *_neighbours(rank, world_size))
+
+
+def _neighbours(rank: int, world_size: int) -> tuple[int, int]:
+    places: list = [(machine_id(), core_numbers())] * world_size
+    if world_size > 1:
+        dist.all_gather_object(places, places[rank])
+    return neighbours(places, rank)
+
+
+def neighbours(places: list[tuple[str, list[int]]], rank: int) -> tuple[int, int]:
+    """(ranks on the machine of `rank`, those of them that share a core with it) from each rank's machine and cores."""
+    machine, own = places[rank]
+    here = [cores for other, cores in places if other == machine]
+    return len(here), sum(not set(own).isdisjoint(cores) for cores in here)
 
 
 def _quiet_deepspeed(accelerator: str) -> None:

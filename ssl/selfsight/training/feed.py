@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from fractions import Fraction
 from pathlib import Path
 from typing import Protocol
@@ -69,7 +68,7 @@ class CorpusFeed:
     def loader(self, views: Views, *, run: Path, cluster: Cluster, start_step: int, total_steps: int) -> StepLoader:
         recipe, stream = self.recipe, self.recipe.stream
         assert stream.lanes is not None
-        here = -(-stream.lanes * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) // cluster.world_size)
+        here = -(-stream.lanes * cluster.ranks_here // cluster.world_size)
         for part in self.parts:
             # Twice: while a window is read, the next one is fetched.
             if cluster.rank == 0 and (warning := part.corpus.too_large_for_cache(here, 2 * stream.window)):

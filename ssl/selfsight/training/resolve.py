@@ -58,8 +58,9 @@ def check(recipe: Recipe) -> None:
     check_range("seed", recipe.seed, 0, 2**63 - 1)
 
 
-def settle(recipe: Recipe, *, chunks: int | None = None, ranks_here: int = 1) -> None:
-    """Gives every null key its value; `chunks` is the number of chunks of the smallest part, where it is known."""
+def settle(recipe: Recipe, *, chunks: int | None = None, sharing: int = 1) -> None:
+    """Gives every null key its value; `chunks` is the number of chunks of the smallest part, where it is known, and
+    `sharing` that of the ranks that share the cores of this one."""
     if recipe.training.precision is None:
         if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
             recipe.set("training.precision", "bf16", f"{torch.cuda.get_device_name()} computes in bf16")
@@ -71,8 +72,8 @@ def settle(recipe: Recipe, *, chunks: int | None = None, ranks_here: int = 1) ->
             )
             recipe.set("training.precision", "fp32", why)
     if recipe.stream.workers is None:
-        workers = auto_workers(ranks_here)
-        recipe.set("stream.workers", workers, f"{ranks_here} rank(s) here, one core each left to training")
+        workers = auto_workers(sharing)
+        recipe.set("stream.workers", workers, f"{sharing} rank(s) share these cores, one each left to training")
     if recipe.stream.crops is None:
         cuda = torch.cuda.is_available()
         recipe.set("stream.crops", "device" if cuda else "cpu", "where training runs" if cuda else "no GPU")

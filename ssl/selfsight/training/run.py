@@ -5,7 +5,6 @@ and what it writes is what it would have written had it never stopped.
 """
 
 import copy
-import os
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -97,8 +96,7 @@ class _Run:
             resolve.adopt(self.recipe, begun)
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise UserError(f"{self.path} exists and is no run: give another output, or an empty folder")
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", self.cluster.world_size))
-        resolve.settle(self.recipe, chunks=chunks, ranks_here=ranks_here)
+        resolve.settle(self.recipe, chunks=chunks, sharing=self.cluster.sharing)
         if begun.is_file():
             resolve.compare(self.recipe, begun)
 
