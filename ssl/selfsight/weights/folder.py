@@ -29,7 +29,7 @@ ORIGIN_KINDS = {
     "meta": dict,
 }
 # timm arguments that the export adds to the encoder's own.
-SET_BY_EXPORT = ("img_size", "dynamic_img_size", "fc_norm", "global_pool")
+SET_BY_EXPORT = ("img_size", "dynamic_img_size", "fc_norm", "use_fc_norm", "global_pool")
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Export:
         size = self.config["model_args"].get("img_size")
         if not isinstance(size, int) or not isinstance(self.config["architecture"], str):
             raise UserError(f"{self.path / CONFIG} does not name an architecture and an img_size: export again")
-        return EncoderConfig(name=self.config["architecture"], img_size=size, args=args)
+        return EncoderConfig(name=self.config["architecture"], img_size=size, compile=False, args=args)
 
     @property
     def digest(self) -> str:
