@@ -29,7 +29,7 @@ class EncoderConfig:
     drop_path_rate: float = 0.0  # stochastic depth, of the student only
     drop_path_uniform: bool = False  # this rate in every block, as DINOv2; else it grows linearly to the last one's
     checkpointing: str = "none"  # what the backward pass computes again: none, selective (all but products) or full
-    compile: bool | None = None  # torch.compile of the blocks; null = on a GPU
+    compile: bool | None = None  # torch.compile of the blocks, in training; null = on a GPU
     args: dict[str, Any] = field(default_factory=dict)  # further timm arguments: patch_size, depth, reg_tokens, …
 
 

@@ -42,8 +42,9 @@ def test_tables_and_rotations(golden, name, dtype):
     coords = coordinates((hyper["H"], hyper["W"]), hyper["normalize_coords"], like)
     table = sincos(coords, periods(rope, like))
     sin, cos = table.chunk(2, dim=-1)
-    rotated = (rotate(inputs[x], table[None, None], half=True) for x in "qk")
-    for output, value in zip(("periods", "sin", "cos", "q_rot", "k_rot"), (periods(rope, like), sin, cos, *rotated)):
+    q_rot, k_rot = (rotate(inputs[x], table[None, None], half=True) for x in "qk")
+    outputs = {"periods": periods(rope, like), "sin": sin, "cos": cos, "q_rot": q_rot, "k_rot": k_rot}
+    for output, value in outputs.items():
         numbers.check(case, output, value.float() if dtype == torch.bfloat16 else value)
     if dtype == torch.bfloat16:  # the file allows 0.05 for other libraries; a float32 table would pass that
         assert numbers.worst == 0
@@ -63,7 +64,9 @@ def test_augmentation_draws_what_the_official_code_draws(golden, case):
     numbers.check(case, "cos", cos)
     assert not torch.equal(rotations.table(rope, (hyper["H"], hyper["W"])), table)  # anew each time
     rope.eval()
-    assert torch.equal(rotations.table(rope, (4, 5)), rotations.table(rope_of({**hyper, "num_heads": 3}).eval(), (4, 5)))
+    assert torch.equal(
+        rotations.table(rope, (4, 5)), rotations.table(rope_of({**hyper, "num_heads": 3}).eval(), (4, 5))
+    )
 
 
 NORMS = {
@@ -121,7 +124,9 @@ def encoder_of(hyper: dict, **args) -> Encoder:
 def test_tokens(golden, case, dtype):
     numbers = golden.load("dinov3_vit", dtype)
     hyper, weights, inputs = numbers.hyper(case), numbers.weights(case), numbers.inputs(case)
-    encoder = encoder_of(hyper, **({"swiglu_mlp": True, "swiglu_align_to": 64, "mlp_ratio": 8 / 3} if "swiglu" in case else {}))
+    encoder = encoder_of(
+        hyper, **({"swiglu_mlp": True, "swiglu_align_to": 64, "mlp_ratio": 8 / 3} if "swiglu" in case else {})
+    )
     encoder.to(dtype).vit.load_state_dict(timms(weights), strict=True)
     prefix_norm = None
     if hyper.get("untie_cls_and_patch_norms"):

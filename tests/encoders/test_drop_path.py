@@ -6,7 +6,7 @@ from timm.layers import DropPath
 from torch.utils.flop_counter import FlopCounterMode
 
 from selfsight import encoders
-from selfsight.encoders.attention import Group, unpack
+from selfsight.encoders.attention import Group, Layout, unpack
 from selfsight.encoders.blocks import draw, step
 from selfsight.errors import UserError
 from selfsight.recipe import EncoderConfig
@@ -45,7 +45,7 @@ def test_equals_dropping_after_the_branch(name):
     x = torch.randn(5 * 7 + 8 * 3, 48)
     torch.manual_seed(7)
     drops = draw(block, groups, x)
-    out = step(block, x, groups, drops)
+    out = step(block, x, Layout(groups), drops)
     torch.manual_seed(7)
     kept = [[torch.randperm(g.count)[: int(g.count * 0.6)] for g in groups] for _ in range(2)]
     expected = []

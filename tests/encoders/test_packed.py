@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from selfsight import encoders
 from selfsight.encoders import attention
-from selfsight.encoders.attention import Group
+from selfsight.encoders.attention import Group, Layout
 from selfsight.recipe import EncoderConfig
 
 TINY = {"patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
@@ -82,9 +82,10 @@ def test_variable_length_kernel_sees_where_images_end(monkeypatch):
     monkeypatch.setattr(varlen, "varlen_attn", by_sequence)
     groups = [Group(2, 5), Group(3, 2), Group(1, 7)]
     q, k, v = ([torch.randn(g.count, 4, g.length, 8) for g in groups] for _ in range(3))
-    expected = attention.attend(q, k, v, groups, 0.0)
+    expected = attention.attend(q, k, v, Layout(tuple(groups)), 0.0)
     assert expected.shape == (2 * 5 + 3 * 2 + 7, 4 * 8)
-    torch.testing.assert_close(attention.varlen(q, k, v, groups), expected)
+    ends = torch.tensor([0, 5, 10, 12, 14, 16, 23], dtype=torch.int32)
+    torch.testing.assert_close(attention.varlen(q, k, v, ends), expected)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

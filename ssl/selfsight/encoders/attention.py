@@ -31,6 +31,21 @@ class Group(NamedTuple):
         return self.count * self.length
 
 
+class Layout(NamedTuple):
+    """What is where in a pack."""
+
+    groups: tuple[Group, ...]
+    ends: Tensor | None = None  # (1 + Σ count,) int32: 0 and where each image ends, if one kernel is to serve all sizes
+
+
+def layout(groups: Sequence[Group], like: Tensor) -> Layout:
+    """Of a pack on the device of `like`."""
+    if len(groups) == 1 or not like.is_cuda:
+        return Layout(tuple(groups))
+    lengths = [torch.full((g.count,), g.length, dtype=torch.int32, device=like.device) for g in groups]
+    return Layout(tuple(groups), F.pad(torch.cat(lengths).cumsum(0, dtype=torch.int32), (1, 0)))
+
+
 def pack(batches: Sequence[Tensor]) -> Tensor:
     """Batches (B_i, T_i, D) → (S, D)."""
     return torch.cat([x.flatten(0, 1) for x in batches]) if len(batches) > 1 else batches[0].flatten(0, 1)
@@ -42,21 +57,21 @@ def unpack(x_SD: Tensor, groups: Sequence[Group]) -> list[Tensor]:
     return [part.unflatten(0, (g.count, g.length)) for part, g in zip(parts, groups, strict=True)]
 
 
-def attention(attn: nn.Module, x_SD: Tensor, groups: Sequence[Group]) -> Tensor:
+def attention(attn: Any, x_SD: Tensor, layout: Layout) -> Tensor:
     """timm's attention module `attn` on a pack, (S, D) → (S, D): no token sees another image's."""
     if not has_heads(attn):  # one of timm's rarer ones: it runs itself, group by group
-        called = [attn(x, **rope(g)) for x, g in zip(unpack(x_SD, groups), groups, strict=True)]
-        return pack(called)
-    q, k, v = heads(attn, x_SD, groups)
-    out_SD = attn.norm(attend(q, k, v, groups, attn.attn_drop.p if attn.training else 0.0))
+        return each(attn, x_SD, layout)
+    q, k, v = heads(attn, x_SD, layout.groups)
+    out_SD = attn.norm(attend(q, k, v, layout, attn.attn_drop.p if attn.training else 0.0))
     if attn.gate is not None:
         out_SD = out_SD * attn.gate(x_SD).sigmoid()
     return attn.proj_drop(attn.proj(out_SD))
 
 
-def rope(group: Group) -> dict[str, Any]:
-    """As an argument of timm's modules, of which only some take one."""
-    return {} if group.rope is None else {"rope": group.rope}
+def each(module: nn.Module, x_SD: Tensor, layout: Layout) -> Tensor:
+    """timm's module on one group after the other, with the rotary table as an argument if there is one."""
+    batches = zip(unpack(x_SD, layout.groups), layout.groups, strict=True)
+    return pack([module(x) if g.rope is None else module(x, rope=g.rope) for x, g in batches])
 
 
 def has_heads(attn: nn.Module) -> bool:
@@ -70,12 +85,11 @@ def heads(attn: Any, x_SD: Tensor, groups: Sequence[Group]) -> tuple[list[Tensor
         bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
     qkv = rearrange(F.linear(x_SD, attn.qkv.weight, bias), "s (three h d) -> three s h d", three=3, h=attn.num_heads)
     q, k, v = (
-        [part.transpose(1, 2) for part in unpack(each, groups)]
-        for each in (attn.q_norm(qkv[0]), attn.k_norm(qkv[1]), qkv[2])
+        [part.transpose(1, 2) for part in unpack(x, groups)] for x in (attn.q_norm(qkv[0]), attn.k_norm(qkv[1]), qkv[2])
     )
     rotated = [
-        [x if g.rope is None else rotate(x, g.rope, attn.rotate_half) for x, g in zip(each, groups, strict=True)]
-        for each in (q, k)
+        [x if g.rope is None else rotate(x, g.rope, attn.rotate_half) for x, g in zip(parts, groups, strict=True)]
+        for parts in (q, k)
     ]
     return rotated[0], rotated[1], v
 
@@ -91,24 +105,20 @@ def rotate(x_BhTd: Tensor, table: Tensor, half: bool) -> Tensor:
     return torch.cat([x_BhTd[:, :, :prefix], turned], dim=2).type_as(x_BhTd)
 
 
-def attend(q: list[Tensor], k: list[Tensor], v: list[Tensor], groups: Sequence[Group], dropout: float) -> Tensor:
-    """softmax(q kᵀ / √d) v of each image, (S, heads · d): one kernel for all sizes where there is one, else one each."""
-    first = v[0]
-    if len(groups) > 1 and first.is_cuda and first.dtype in HALF and not dropout:
-        return varlen(q, k, v, groups)
-    out = [F.scaled_dot_product_attention(*each, dropout_p=dropout) for each in zip(q, k, v, strict=True)]
+def attend(q: list[Tensor], k: list[Tensor], v: list[Tensor], layout: Layout, dropout: float) -> Tensor:
+    """softmax(q kᵀ / √d) v of each image, (S, heads · d): one kernel for all sizes where there is one."""
+    if layout.ends is not None and v[0].dtype in HALF and not dropout:
+        return varlen(q, k, v, layout.ends)
+    out = [F.scaled_dot_product_attention(*qkv, dropout_p=dropout) for qkv in zip(q, k, v, strict=True)]
     return pack([rearrange(x, "b h t d -> b t (h d)") for x in out])
 
 
-def varlen(q: list[Tensor], k: list[Tensor], v: list[Tensor], groups: Sequence[Group]) -> Tensor:
+def varlen(q: list[Tensor], k: list[Tensor], v: list[Tensor], ends: Tensor) -> Tensor:
     """`attend` by torch's variable-length kernel, which is there on CUDA and for 16-bit floats."""
     from torch.nn.attention import varlen as kernel
 
-    lengths = [g.length for g in groups for _ in range(g.count)]
-    ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    ends = ends.to(q[0].device, non_blocking=True)
-    flat = [pack([x.transpose(1, 2) for x in each]) for each in (q, k, v)]  # (S, heads, d)
-    longest = max(lengths)
-    out = kernel.varlen_attn(*flat, ends, ends, longest, longest)
+    longest = max(x.shape[2] for x in q)
+    q_Shd, k_Shd, v_Shd = (pack([x.transpose(1, 2) for x in parts]) for parts in (q, k, v))
+    out = kernel.varlen_attn(q_Shd, k_Shd, v_Shd, ends, ends, longest, longest)
     assert isinstance(out, Tensor)
     return out.flatten(1)

@@ -13,7 +13,7 @@ from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from selfsight.encoders.attention import Group, attention, pack, rope, unpack
+from selfsight.encoders.attention import Group, Layout, attention, each, layout, pack
 
 SUBSET_ABOVE = 0.1 + 1e-6  # DINOv2's threshold; timm's rates are float32, in which 0.1 is a little more than 0.1
 
@@ -23,19 +23,18 @@ class Drop(NamedTuple):
 
     scale: Tensor  # (S, 1) factor of the branch's rows: 0 for dropped images, so that the expectation stays
     rows: Tensor | None = None  # (S',) the rows that the branch runs on; None: all. `scale` is then of these
-    groups: tuple[Group, ...] = ()  # of these rows
+    layout: Layout | None = None  # of these rows
 
 
 Drops = tuple[Drop | None, Drop | None]  # of the attention and of the MLP
 
 
-def step(block: nn.Module, x_SD: Tensor, groups: Sequence[Group], drops: Drops) -> Tensor:
+def step(block: nn.Module, x_SD: Tensor, layout: Layout, drops: Drops) -> Tensor:
     """A block on a pack, (S, D) → (S, D)."""
     if not is_residual(block):  # one of timm's rarer ones: it runs itself, with its own stochastic depth
-        called = [block(x, **rope(g)) for x, g in zip(unpack(x_SD, groups), groups, strict=True)]
-        return pack(called)
-    x_SD = _add(x_SD, block, _attention, groups, drops[0])
-    return _add(x_SD, block, _mlp, groups, drops[1])
+        return each(block, x_SD, layout)
+    x_SD = _add(x_SD, block, _attention, layout, drops[0])
+    return _add(x_SD, block, _mlp, layout, drops[1])
 
 
 def is_residual(block: nn.Module) -> bool:
@@ -57,7 +56,7 @@ def _draw(path: nn.Module, groups: Sequence[Group], like: Tensor) -> Drop | None
     keep = 1 - path.drop_prob
     if path.drop_prob <= SUBSET_ABOVE:
         kept = [like.new_empty(g.count).bernoulli_(keep) / max(keep, 1e-9) for g in groups]
-        return Drop(pack([each[:, None, None].expand(-1, g.length, 1) for each, g in zip(kept, groups, strict=True)]))
+        return Drop(pack([k[:, None, None].expand(-1, g.length, 1) for k, g in zip(kept, groups, strict=True)]))
     scales, rows, smaller, start = [], [], [], 0
     for g in groups:
         count = max(int(g.count * keep), 1)
@@ -67,25 +66,25 @@ def _draw(path: nn.Module, groups: Sequence[Group], like: Tensor) -> Drop | None
         table = g.rope[chosen] if g.rope is not None and len(g.rope) > 1 else g.rope
         smaller.append(Group(count, g.length, table))
         start += g.size
-    return Drop(torch.cat(scales), torch.cat(rows), tuple(smaller))
+    return Drop(torch.cat(scales), torch.cat(rows), layout(smaller, like))
 
 
-def _add(x_SD: Tensor, block: nn.Module, branch: Callable, groups: Sequence[Group], drop: Drop | None) -> Tensor:
+def _add(x_SD: Tensor, block: nn.Module, branch: Callable, layout: Layout, drop: Drop | None) -> Tensor:
     """x + branch(x), as far as `drop` lets it through."""
     if drop is None:
-        return x_SD + branch(block, x_SD, groups)
+        return x_SD + branch(block, x_SD, layout)
     if drop.rows is None:
-        return x_SD + branch(block, x_SD, groups) * drop.scale
-    residual = branch(block, x_SD[drop.rows], drop.groups) * drop.scale
+        return x_SD + branch(block, x_SD, layout) * drop.scale
+    residual = branch(block, x_SD[drop.rows], drop.layout) * drop.scale
     return x_SD.index_add(0, drop.rows, residual.to(x_SD.dtype))
 
 
-def _attention(block: Any, x_SD: Tensor, groups: Sequence[Group]) -> Tensor:
-    y_SD = attention(block.attn, block.norm1(x_SD), groups)
+def _attention(block: Any, x_SD: Tensor, layout: Layout) -> Tensor:
+    y_SD = attention(block.attn, block.norm1(x_SD), layout)
     return block.ls1(y_SD) if isinstance(block, Block) else _scaled(block.gamma_1, y_SD)
 
 
-def _mlp(block: Any, x_SD: Tensor, groups: Sequence[Group]) -> Tensor:
+def _mlp(block: Any, x_SD: Tensor, layout: Layout) -> Tensor:
     y_SD = block.mlp(block.norm2(x_SD))
     return block.ls2(y_SD) if isinstance(block, Block) else _scaled(block.gamma_2, y_SD)
 

@@ -13,7 +13,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from selfsight.encoders.attention import Group, has_heads, heads, pack, unpack
+from selfsight.encoders.attention import Group, Layout, has_heads, heads, layout, pack, unpack
 from selfsight.encoders.blocks import draw, is_residual
 from selfsight.encoders.execution import Checkpointing, Step, make_step
 from selfsight.encoders.positions import resampling_matrix
@@ -66,10 +66,10 @@ class Encoder(nn.Module):
         self.checkpointing: Checkpointing = checkpointing
         self.compile_blocks = compile
         self.embed_dim: int = vit.embed_dim
-        self.patch_size: int = vit.patch_embed.patch_size[0]
+        self.patch_size: int = self.vit.patch_embed.patch_size[0]
         self.depth = len(vit.blocks)
-        self.num_prefix: int = vit.num_prefix_tokens  # class token and registers
-        self.table_grid: tuple[int, int] = tuple(vit.patch_embed.grid_size)  # of the position table
+        self.num_prefix: int = self.vit.num_prefix_tokens  # class token and registers
+        self.table_grid: tuple[int, int] = tuple(self.vit.patch_embed.grid_size)  # of the position table
         self._matrices: dict[tuple, Tensor] = {}
         self._rotations = Rotations()
         self._steps: dict[bool, Step] = {}
@@ -144,7 +144,7 @@ class Encoder(nn.Module):
         x_BTD, grid = self.prepare_tokens(images)
         for (after_BTD,) in self._layers([x_BTD], [grid], blocks=self.depth - 1):
             x_BTD = after_BTD
-        groups = self._groups([x_BTD], [grid], [None])
+        groups = self._layout([x_BTD], [grid], [None]).groups
         (q,), (k,), _ = heads(last.attn, last.norm1(pack([x_BTD])), groups)
         return ((q * last.attn.scale) @ k.transpose(-2, -1)).softmax(dim=-1)
 
@@ -157,26 +157,26 @@ class Encoder(nn.Module):
     ) -> Iterator[list[Tensor]]:
         """The batches after each of the first `blocks` blocks (None: all)."""
         keeps = keeps or [None] * len(batches)
-        groups = self._groups(batches, grids, keeps)
+        where = self._layout(batches, grids, keeps)
         x_SD = pack(batches)
         step = self._step(x_SD)
         for block in self.vit.blocks[:blocks]:
             if self._rotations.drawn(self.rope):  # anew for every block, as DINOv3 does
-                groups = self._groups(batches, grids, keeps)
-            x_SD = step(block, x_SD, groups, draw(block, groups, x_SD))
-            yield unpack(x_SD, groups)
+                where = self._layout(batches, grids, keeps)
+            x_SD = step(block, x_SD, where, draw(block, where.groups, x_SD))
+            yield unpack(x_SD, where.groups)
 
-    def _groups(
-        self, batches: list[Tensor], grids: list[tuple[int, int]], keeps: Sequence[Tensor | None]
-    ) -> tuple[Group, ...]:
+    def _layout(self, batches: list[Tensor], grids: list[tuple[int, int]], keeps: Sequence[Tensor | None]) -> Layout:
         rope = self.rope
-        return tuple(
+        groups = [
             Group(x.shape[0], x.shape[1], None if rope is None else self._rotations.table(rope, grid, keep))
             for x, grid, keep in zip(batches, grids, keeps, strict=True)
-        )
+        ]
+        return layout(groups, batches[0])
 
     def _step(self, x: Tensor) -> Step:
-        compiled = x.is_cuda if self.compile_blocks is None else self.compile_blocks
+        # In evaluation mode come single images and odd sizes, for which compiling does not pay.
+        compiled = self.training and (x.is_cuda if self.compile_blocks is None else self.compile_blocks)
         if compiled not in self._steps:
             self._steps[compiled] = make_step(self.checkpointing, compiled=compiled)
         return self._steps[compiled]

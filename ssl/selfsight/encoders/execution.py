@@ -3,20 +3,20 @@
 Neither changes what a block computes nor what its parameters are called: they wrap the function, not the module.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from selfsight.encoders.attention import Group
+from selfsight.encoders.attention import Layout
 from selfsight.encoders.blocks import Drops, step
 from selfsight.errors import UserError
 
 Checkpointing = Literal["none", "selective", "full"]
-Step = Callable[[nn.Module, Tensor, Sequence[Group], Drops], Tensor]
+Step = Callable[[nn.Module, Tensor, Layout, Drops], Tensor]
 
 # What takes long and is kept by selective checkpointing: matrix products and attention. Norms, activations, rotations
 # and LayerScale are computed again.
@@ -43,15 +43,17 @@ def make_step(checkpointing: Checkpointing, *, compiled: bool, backend: str | Ca
 
 
 def checkpointed(how: Checkpointing) -> Step:
-    """"full" keeps a block's input only, "selective" also the results of the operations in KEPT."""
+    """ "full" keeps a block's input only, "selective" also the results of the operations in KEPT."""
     if how == "none":
         return step
-    keep = {"context_fn": partial(create_selective_checkpoint_contexts, KEPT)} if how == "selective" else {}
+    keep: dict[str, Any] = {}
+    if how == "selective":
+        keep["context_fn"] = partial(create_selective_checkpoint_contexts, KEPT)
 
-    def recomputing(block: nn.Module, x_SD: Tensor, groups: Sequence[Group], drops: Drops) -> Tensor:
+    def recomputing(block: nn.Module, x_SD: Tensor, layout: Layout, drops: Drops) -> Tensor:
         if not torch.is_grad_enabled():
-            return step(block, x_SD, groups, drops)
-        out = checkpoint(step, block, x_SD, groups, drops, use_reentrant=False, **keep)
+            return step(block, x_SD, layout, drops)
+        out = checkpoint(step, block, x_SD, layout, drops, use_reentrant=False, **keep)
         assert isinstance(out, Tensor)
         return out
 

@@ -47,7 +47,7 @@ def make(rope: Any, grid: tuple[int, int]) -> Tensor:
     """The table (N, 2·d) of timm's module, with its device and type; augmented if it is in training mode."""
     like = next(rope.buffers())
     with torch.autocast(like.device.type, enabled=False):
-        if isinstance(rope, RotaryEmbeddingCat):
+        if type(rope) is RotaryEmbeddingCat:
             return rope.get_embed(list(grid)).to(like)
         coords_N2 = coordinates(grid, rope.normalize_coords, like)
         if Rotations.drawn(rope):
@@ -55,12 +55,14 @@ def make(rope: Any, grid: tuple[int, int]) -> Tensor:
         return sincos(coords_N2, periods(rope, like))
 
 
-def periods(rope: RotaryEmbeddingDinoV3, like: Tensor) -> Tensor:
+def periods(rope: Any, like: Tensor) -> Tensor:
     """(d / 4,): base^(4i / d), or geometric between the shortest and the longest."""
     n = rope.dim // 4
     if rope.min_period is None or rope.max_period is None:
         return rope.temperature ** (2 * torch.arange(n, device=like.device, dtype=like.dtype) / (2 * n))
-    return rope.min_period * (rope.max_period / rope.min_period) ** torch.linspace(0, 1, n, device=like.device, dtype=like.dtype)
+    return rope.min_period * (rope.max_period / rope.min_period) ** torch.linspace(
+        0, 1, n, device=like.device, dtype=like.dtype
+    )
 
 
 def coordinates(grid: tuple[int, int], normalize: str, like: Tensor) -> Tensor:

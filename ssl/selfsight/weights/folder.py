@@ -74,7 +74,7 @@ class Export:
         size = self.config["model_args"].get("img_size")
         if not isinstance(size, int) or not isinstance(self.config["architecture"], str):
             raise UserError(f"{self.path / CONFIG} does not name an architecture and an img_size: export again")
-        return EncoderConfig(name=self.config["architecture"], img_size=size, compile=False, args=args)
+        return EncoderConfig(name=self.config["architecture"], img_size=size, args=args)
 
     @property
     def digest(self) -> str:
