@@ -24,9 +24,12 @@ PATHS = ("corpus", "selection", "output")  # taken as they are typed: a folder m
 class EncoderConfig:
     """A timm Vision Transformer."""
 
-    name: str = "vit_small_patch16_224"  # any timm VisionTransformer
+    name: str = "vit_small_patch16_224"  # any timm VisionTransformer, or Eva (vit_small_patch16_dinov3, …)
     img_size: int = 224  # pixels: the size its position table is made for
     drop_path_rate: float = 0.0  # stochastic depth, of the student only
+    drop_path_uniform: bool = False  # this rate in every block, as DINOv2; else it grows linearly to the last one's
+    checkpointing: str = "none"  # what the backward pass computes again: none, selective (all but products) or full
+    compile: bool | None = None  # torch.compile of the blocks, in training; null = on a GPU
     args: dict[str, Any] = field(default_factory=dict)  # further timm arguments: patch_size, depth, reg_tokens, …
 
 

@@ -43,8 +43,12 @@ def edit(path: Path, change) -> None:
                                                         "reg_tokens": 2, "init_values": 1e-5}),
         EncoderConfig("vit_tiny_patch16_224", 32, args={"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3,
                                                         "class_token": False}),
+        EncoderConfig("vit_small_patch16_dinov3", 32, args={"patch_size": 8, "embed_dim": 48, "depth": 2,
+                                                            "num_heads": 3, "rope_rescale_coords": 2.0}),
+        EncoderConfig("eva02_tiny_patch14_224", 32, args={"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3,
+                                                          "class_token": False}),
     ],
-    ids=["plain", "registers-layerscale", "no-class-token"],
+    ids=["plain", "registers-layerscale", "no-class-token", "dinov3", "eva-no-class-token"],
 )  # fmt: skip
 def test_selfsight_and_timm_give_the_encoders_own_features(tmp_path, config):
     encoder = build(config).eval()

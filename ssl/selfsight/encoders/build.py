@@ -7,10 +7,17 @@ import inspect
 from typing import Any
 
 import timm
+import torch
+from timm.layers.drop import DropPath
 from timm.layers.patch_embed import PatchEmbed
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
+from selfsight.encoders.blocks import is_residual
 from selfsight.encoders.encoder import Encoder, PosInterpolation
+from selfsight.encoders.execution import check_checkpointing
+from selfsight.encoders.initialise import initialise
+from selfsight.encoders.rope import AUGMENTATIONS, KINDS
 from selfsight.errors import UserError, check_range
 from selfsight.recipe import EncoderConfig
 
@@ -22,38 +29,35 @@ ELSEWHERE = {
     "num_classes": "an encoder has no classifier",
     "global_pool": "an encoder returns all tokens",
     "fc_norm": "the final norm is applied to every token",
+    "use_fc_norm": "the final norm is applied to every token",
+    "use_post_transformer_norm": "the final norm is applied to every token",
     "dynamic_img_size": "any size works already",
     "dynamic_img_pad": "give images whose sides are multiples of the patch",
     "patch_drop_rate": "masking is the objective's business",
 }
 
 
-def build(config: EncoderConfig, *, drop_path: bool = True, pos_interpolation: PosInterpolation = "timm") -> Encoder:
+def build(
+    config: EncoderConfig,
+    *,
+    drop_path: bool = True,
+    pos_interpolation: PosInterpolation = "timm",
+    device: str | torch.device = "cpu",
+) -> Encoder:
     """A freshly initialised encoder (timm's initialisation: an objective may lay its own over it).
 
-    `drop_path=False` builds it without stochastic depth, for teachers and for inference; the parameters are the same.
-    Raises UserError for a name that is no timm VisionTransformer and for arguments that it does not take.
+    `drop_path=False` builds it without stochastic depth and without RoPE's augmentation, for teachers and for
+    inference; the parameters are the same. On the device "meta" it has shapes and no numbers. Raises UserError for a
+    name that is no timm VisionTransformer or Eva, and for arguments that it does not take.
     """
     _check_name(config.name)
-    _check_args(config.args)
+    _check_args(config)
     check_range("encoder.drop_path_rate", config.drop_path_rate, 0, 1)
-    for key in ("patch_size", "embed_dim", "depth", "num_heads"):
-        if isinstance(value := config.args.get(key), int):
-            check_range(f"encoder.args.{key}", value, 1)
-    try:
-        vit = timm.create_model(
-            config.name,
-            pretrained=False,
-            num_classes=0,
-            drop_path_rate=config.drop_path_rate if drop_path else 0.0,
-            global_pool="",  # whether there is a class token to pool is known once it is built
-            **model_args(config),
-        )
-    except (TypeError, AssertionError, ValueError, RuntimeError, LookupError, ArithmeticError) as e:
-        raise UserError(f"timm cannot build {config.name} with encoder.args={config.args}: {_one_line(e)}") from e
-    if type(vit) is not VisionTransformer or not isinstance(vit.patch_embed, PatchEmbed):
-        raise UserError(f"timm's {config.name} is not a plain Vision Transformer: choose one that is")
-    vit.reset_classifier(0, "token" if vit.has_class_token else "avg")
+    checkpointing = check_checkpointing(config.checkpointing)
+    vit = _create(config, drop_path)
+    if config.drop_path_uniform and drop_path:
+        _drop_uniformly(vit, config)
+    vit.reset_classifier(0, "token" if vit.cls_token is not None else "avg")
     height, width = (int(side) for side in vit.patch_embed.patch_size)
     if height != width:
         raise UserError(f"encoder.args.patch_size is {height}×{width}: choose a square patch")
@@ -62,12 +66,46 @@ def build(config: EncoderConfig, *, drop_path: bool = True, pos_interpolation: P
             f"encoder.img_size={config.img_size} is not a multiple of the patch size {height}: "
             f"use {max(config.img_size // height, 1) * height}"
         )
-    return Encoder(vit, pos_interpolation=pos_interpolation)
+    if torch.device(device).type != "meta":
+        initialise(vit, device)
+    return Encoder(vit, pos_interpolation=pos_interpolation, checkpointing=checkpointing, compile=config.compile)
 
 
 def model_args(config: EncoderConfig) -> dict[str, Any]:
     """The arguments with which `timm.create_model(config.name, …)` makes the same architecture, for exports."""
-    return {"img_size": config.img_size, "dynamic_img_size": True, "fc_norm": False, **config.args}
+    norm = {"use_fc_norm": False, "global_pool": "token"} if _is_eva(config.name) else {"fc_norm": False}
+    return {"img_size": config.img_size, "dynamic_img_size": True, **norm, **config.args}
+
+
+def _create(config: EncoderConfig, drop_path: bool) -> Any:
+    for key in ("patch_size", "embed_dim", "depth", "num_heads"):
+        if isinstance(value := config.args.get(key), int):
+            check_range(f"encoder.args.{key}", value, 1)
+    args = {
+        **model_args(config),
+        "num_classes": 0,
+        "drop_path_rate": config.drop_path_rate if drop_path else 0.0,
+        "global_pool": "",  # whether there is a class token to pool is known once it is built
+    }
+    if not drop_path:
+        args = {key: value for key, value in args.items() if key not in AUGMENTATIONS}
+    try:
+        with torch.device("meta"):
+            vit = timm.create_model(config.name, pretrained=False, **args)
+    except (TypeError, AssertionError, ValueError, RuntimeError, LookupError, ArithmeticError) as e:
+        raise UserError(f"timm cannot build {config.name} with encoder.args={config.args}: {_one_line(e)}") from e
+    if type(vit) not in (VisionTransformer, Eva) or not isinstance(vit.patch_embed, PatchEmbed):
+        raise UserError(f"timm's {config.name} is not a plain Vision Transformer: choose one that is")
+    if isinstance(vit, Eva) and vit.rope is not None and type(vit.rope) not in KINDS:
+        raise UserError(f"{config.name} has rotary positions of its own kind: use encoder.args.rope_type=dinov3 or cat")
+    return vit
+
+
+def _drop_uniformly(vit: Any, config: EncoderConfig) -> None:
+    for block in vit.blocks:
+        if not is_residual(block):
+            raise UserError(f"encoder.drop_path_uniform is not there for the blocks of {config.name}: set it to false")
+        block.drop_path1, block.drop_path2 = DropPath(config.drop_path_rate), DropPath(config.drop_path_rate)
 
 
 def _check_name(name: str) -> None:
@@ -78,16 +116,21 @@ def _check_name(name: str) -> None:
 
 
 def _vits() -> list[str]:
-    return timm.list_models(module="vision_transformer") + timm.list_models(module="deit")
+    return [name for module in ("vision_transformer", "deit", "eva") for name in timm.list_models(module=module)]
+
+
+def _is_eva(name: str) -> bool:
+    return name.split(".")[0] in timm.list_models(module="eva")
 
 
 def _nearest(name: str) -> str:
     return difflib.get_close_matches(name, _vits(), n=1, cutoff=0.0)[0]
 
 
-def _check_args(args: dict[str, Any]) -> None:
-    known = set(inspect.signature(VisionTransformer.__init__).parameters) - {"self", "device", "dtype"}
-    for key in args:
+def _check_args(config: EncoderConfig) -> None:
+    architecture = Eva if _is_eva(config.name) else VisionTransformer
+    known = set(inspect.signature(architecture.__init__).parameters) - {"self", "device", "dtype"}
+    for key in config.args:
         if key in ELSEWHERE:
             raise UserError(f"encoder.args.{key} cannot be set: {ELSEWHERE[key]}")
         if key not in known:

@@ -1,17 +1,23 @@
-"""`Encoder`: a timm VisionTransformer seen as tokens. Images of any size that the patch divides go in, optionally with
+"""`Encoder`: a timm Vision Transformer seen as tokens. Images of any size that the patch divides go in, optionally with
 the patches to keep; named tokens come out. Its state dict is timm's, name by name, under `vit.`.
 """
 
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
-from timm.layers.attention import Attention
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from selfsight.encoders.attention import Group, Layout, has_heads, heads, layout, pack, unpack
+from selfsight.encoders.blocks import draw, is_residual
+from selfsight.encoders.execution import Checkpointing, Step, make_step
 from selfsight.encoders.positions import resampling_matrix
+from selfsight.encoders.rope import Rotations
 from selfsight.errors import UserError
 
 PosInterpolation = Literal["dino", "timm"]
@@ -42,19 +48,39 @@ class Encoder(nn.Module):
     """Owns the path from pixels to tokens around timm's blocks, so that position tables and masks are ours to say.
 
     `pos_interpolation` says how the position table is resampled to other sizes than its own: "dino" as the DINO code
-    does, "timm" as timm does. At its own size both leave it as it is.
+    does, "timm" as timm does. At its own size both leave it as it is. `checkpointing` and `compile` (None: on a GPU)
+    say how the blocks are run, and change neither numbers, beyond rounding, nor names.
     """
 
-    def __init__(self, vit: VisionTransformer, *, pos_interpolation: PosInterpolation = "timm") -> None:
+    def __init__(
+        self,
+        vit: VisionTransformer | Eva,
+        *,
+        pos_interpolation: PosInterpolation = "timm",
+        checkpointing: Checkpointing = "none",
+        compile: bool | None = False,
+    ) -> None:
         super().__init__()
-        self.vit = vit
+        self.vit: Any = vit
         self.pos_interpolation: PosInterpolation = pos_interpolation
+        self.checkpointing: Checkpointing = checkpointing
+        self.compile_blocks = compile
         self.embed_dim: int = vit.embed_dim
-        self.patch_size: int = vit.patch_embed.patch_size[0]
+        self.patch_size: int = self.vit.patch_embed.patch_size[0]
         self.depth = len(vit.blocks)
-        self.num_prefix: int = vit.num_prefix_tokens  # class token and registers
-        self.table_grid: tuple[int, int] = tuple(vit.patch_embed.grid_size)  # of the position table
+        self.num_prefix: int = self.vit.num_prefix_tokens  # class token and registers
+        self.table_grid: tuple[int, int] = tuple(self.vit.patch_embed.grid_size)  # of the position table
         self._matrices: dict[tuple, Tensor] = {}
+        self._rotations = Rotations()
+        self._steps: dict[bool, Step] = {}
+
+    @property
+    def has_class_token(self) -> bool:
+        return self.vit.cls_token is not None
+
+    @property
+    def rope(self) -> nn.Module | None:
+        return getattr(self.vit, "rope", None)
 
     def forward(
         self,
@@ -63,43 +89,97 @@ class Encoder(nn.Module):
         *,
         mask: Tensor | None = None,
         mask_token: Tensor | None = None,
+        prefix_norm: nn.Module | None = None,
     ) -> Tokens:
         """images (B, 3, H, W) float, normalised; keep (B, n_keep) int64 indices of the patches that the blocks see.
 
         Where mask (B, N) is true, mask_token (1, D) stands for the patch's content (BEiT, iBOT, DINOv2): the blocks
-        see where the patch is, not what it shows. Raises UserError if H or W is not a multiple of the patch size.
+        see where the patch is, not what it shows. `prefix_norm` is the last norm of the class token and the registers,
+        if it is another than that of the patches (DINOv3's untied norms). Raises UserError if H or W is not a multiple
+        of the patch size.
         """
-        x_BTD, grid = self.prepare_tokens(images, keep, mask=mask, mask_token=mask_token)
-        for block in self.vit.blocks:
-            x_BTD = block(x_BTD)
-        return self._split(self.vit.norm(x_BTD), grid if keep is None else None)
+        return self.forward_list(
+            [images], keeps=[keep], masks=[mask], mask_token=mask_token, prefix_norms=[prefix_norm]
+        )[0]
+
+    def forward_list(
+        self,
+        images: Sequence[Tensor],
+        *,
+        keeps: Sequence[Tensor | None] | None = None,
+        masks: Sequence[Tensor | None] | None = None,
+        mask_token: Tensor | None = None,
+        prefix_norms: Sequence[nn.Module | None] | None = None,
+    ) -> list[Tokens]:
+        """`forward` on batches of several sizes, packed into one pass without padding: Tokens for each of them.
+
+        `keeps`, `masks` and `prefix_norms` have one entry for each batch, or are None for all.
+        """
+        none = [None] * len(images)
+        keeps, masks = keeps or none, masks or none
+        batches, grids = [], []
+        for batch, keep, mask in zip(images, keeps, masks, strict=True):
+            x_BTD, grid = self.prepare_tokens(batch, keep, mask=mask, mask_token=mask_token)
+            batches.append(x_BTD)
+            grids.append(grid)
+        (last,) = deque(self._layers(batches, grids, keeps), maxlen=1)
+        return [
+            self._split(self._norm(x_BTD, prefix_norm), grid if keep is None else None)
+            for x_BTD, grid, keep, prefix_norm in zip(last, grids, keeps, prefix_norms or none, strict=True)
+        ]
 
     def intermediate(self, images: Tensor, n: int = 1, norm: bool = True) -> list[Tokens]:
         """The tokens after each of the last `n` blocks, oldest first, through the final norm if `norm`."""
         if not 1 <= n <= self.depth:
             raise UserError(f"this encoder has {self.depth} blocks: ask for 1 to {self.depth} of them, not {n}")
         x_BTD, grid = self.prepare_tokens(images)
-        found = []
-        for i, block in enumerate(self.vit.blocks):
-            x_BTD = block(x_BTD)
-            if i >= self.depth - n:
-                found.append(self._split(self.vit.norm(x_BTD) if norm else x_BTD, grid))
-        return found
+        layers = deque(self._layers([x_BTD], [grid]), maxlen=n)
+        return [self._split(self._norm(x_BTD) if norm else x_BTD, grid) for (x_BTD,) in layers]
 
     def last_attention(self, images: Tensor) -> Tensor:
         """Attention probabilities of the last block, (B, heads, T, T): rows are queries."""
-        x_BTD, _ = self.prepare_tokens(images)
-        *before, last = self.vit.blocks
-        for block in before:
-            x_BTD = block(x_BTD)
-        assert isinstance(last, Block)
-        if type(last.attn) is not Attention:
+        last = self.vit.blocks[-1]
+        if not is_residual(last) or not has_heads(last.attn):
             raise UserError("attention maps are there for plain attention only")
-        qkv = rearrange(
-            last.attn.qkv(last.norm1(x_BTD)), "b t (three h d) -> three b h t d", three=3, d=last.attn.head_dim
-        )
-        q, k = last.attn.q_norm(qkv[0]), last.attn.k_norm(qkv[1])
+        x_BTD, grid = self.prepare_tokens(images)
+        for (after_BTD,) in self._layers([x_BTD], [grid], blocks=self.depth - 1):
+            x_BTD = after_BTD
+        groups = self._layout([x_BTD], [grid], [None]).groups
+        (q,), (k,), _ = heads(last.attn, last.norm1(pack([x_BTD])), groups)
         return ((q * last.attn.scale) @ k.transpose(-2, -1)).softmax(dim=-1)
+
+    def _layers(
+        self,
+        batches: list[Tensor],
+        grids: list[tuple[int, int]],
+        keeps: Sequence[Tensor | None] | None = None,
+        blocks: int | None = None,
+    ) -> Iterator[list[Tensor]]:
+        """The batches after each of the first `blocks` blocks (None: all)."""
+        keeps = keeps or [None] * len(batches)
+        where = self._layout(batches, grids, keeps)
+        x_SD = pack(batches)
+        step = self._step(x_SD)
+        for block in self.vit.blocks[:blocks]:
+            if self._rotations.drawn(self.rope):  # anew for every block, as DINOv3 does
+                where = self._layout(batches, grids, keeps)
+            x_SD = step(block, x_SD, where, draw(block, where.groups, x_SD))
+            yield unpack(x_SD, where.groups)
+
+    def _layout(self, batches: list[Tensor], grids: list[tuple[int, int]], keeps: Sequence[Tensor | None]) -> Layout:
+        rope = self.rope
+        groups = [
+            Group(x.shape[0], x.shape[1], None if rope is None else self._rotations.table(rope, grid, keep))
+            for x, grid, keep in zip(batches, grids, keeps, strict=True)
+        ]
+        return layout(groups, batches[0])
+
+    def _step(self, x: Tensor) -> Step:
+        # In evaluation mode come single images and odd sizes, for which compiling does not pay.
+        compiled = self.training and (x.is_cuda if self.compile_blocks is None else self.compile_blocks)
+        if compiled not in self._steps:
+            self._steps[compiled] = make_step(self.checkpointing, compiled=compiled)
+        return self._steps[compiled]
 
     def prepare_tokens(
         self,
@@ -157,8 +237,14 @@ class Encoder(nn.Module):
         tokens: list[Tensor] = [token for token in (vit.cls_token, vit.reg_token) if token is not None]
         return torch.cat(tokens, dim=1) if tokens else vit.patch_embed.proj.weight.new_empty(1, 0, self.embed_dim)
 
+    def _norm(self, x_BTD: Tensor, prefix_norm: nn.Module | None = None) -> Tensor:
+        if prefix_norm is None:
+            return self.vit.norm(x_BTD)
+        prefix_BPD, patches_BND = x_BTD[:, : self.num_prefix], x_BTD[:, self.num_prefix :]
+        return torch.cat([prefix_norm(prefix_BPD), self.vit.norm(patches_BND)], dim=1)
+
     def _split(self, x_BTD: Tensor, grid: tuple[int, int] | None) -> Tokens:
-        first = int(self.vit.has_class_token)
+        first = int(self.has_class_token)
         return Tokens(
             cls=x_BTD[:, 0] if first else None,
             registers=x_BTD[:, first : self.num_prefix],

@@ -54,10 +54,10 @@ def _write(encoder: Encoder, config: EncoderConfig, folder: Path, meta: dict[str
         "architecture": config.name.split(".")[0],  # timm's name without the tag of someone else's weights
         "num_classes": 0,
         "num_features": encoder.embed_dim,
-        "global_pool": "token" if vit.has_class_token else "avg",
+        "global_pool": "token" if encoder.has_class_token else "avg",
         "model_args": {
             **encoders.model_args(config),
-            **({} if vit.has_class_token else {"global_pool": "avg"}),
+            **({} if encoder.has_class_token else {"global_pool": "avg"}),
         },
         "pretrained_cfg": {
             **preprocess,

@@ -29,7 +29,7 @@ ORIGIN_KINDS = {
     "meta": dict,
 }
 # timm arguments that the export adds to the encoder's own.
-SET_BY_EXPORT = ("img_size", "dynamic_img_size", "fc_norm", "global_pool")
+SET_BY_EXPORT = ("img_size", "dynamic_img_size", "fc_norm", "use_fc_norm", "global_pool")
 
 
 @dataclass(frozen=True)
