@@ -54,6 +54,8 @@ SMALL = {
     "gram_start": 0,
     "gram_refresh_every": 2,
     "gram_crops_size": 64,
+    "teacher_name": "vit_tiny_patch16_224",
+    "teacher_args": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
 }
 START = Progress(step=0, steps_per_epoch=4, total_steps=16)
 

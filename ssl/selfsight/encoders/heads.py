@@ -45,6 +45,7 @@ class DINOHead(nn.Module):
         weight_norm: bool = True,
     ) -> None:
         super().__init__()
+        self.out_dim = out_dim
         nlayers = max(nlayers, 1)
         if nlayers == 1:
             self.mlp = nn.Linear(in_dim, bottleneck_dim, bias=mlp_bias)

@@ -33,6 +33,17 @@ def _along(old: int, new: int, how: str) -> Tensor:
     return resampled[0, :, :, 0].T.contiguous()
 
 
+def resize_patches(patches: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Patch tokens (B, N, D) of grid `old` → of grid `new`, bicubic without antialiasing, in fp32 or wider: targets of
+    a teacher that sees more, or other, patches than the student (DINOv3's gram teacher; AM-RADIO).
+    """
+    patches = patches.to(torch.promote_types(patches.dtype, torch.float32))
+    if old == new:
+        return patches
+    grid = rearrange(patches, "b (h w) d -> b d h w", h=old[0])
+    return rearrange(F.interpolate(grid, new, mode="bicubic"), "b d h w -> b (h w) d")
+
+
 def sincos_table(dim: int, grid: int, prefix: int = 0) -> Tensor:
     """MAE's fixed 2-D table, float64 (prefix + grid², dim), the rows of `prefix` tokens zero (util/pos_embed.py).
 

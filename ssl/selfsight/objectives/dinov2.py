@@ -89,13 +89,19 @@ class DINOv2(IBOT):
         return block_masks(noise, asked, (size // p, size // p), min_area=MIN_AREA, max_area=max_area)
 
     def distil(self, batch: dict[str, Tensor], mask: Tensor, progress: Progress) -> Outcome:
-        t, s, cls_s = self.see(batch, mask)
+        return self.judge(batch, *self.see(batch, mask), mask, progress)
+
+    def judge(
+        self, batch: dict[str, Tensor], t: Tokens, s: Tokens, cls_s: Tensor, mask: Tensor, progress: Progress
+    ) -> Outcome:
+        """`distil` once the crops were seen: what `see` returns goes in."""
         assert t.cls is not None
+        student_head, teacher_head = self.cls_heads()
         with torch.no_grad():
-            logits_t = self.per_crop(self.teacher_head(t.cls), batch)
+            logits_t = self.per_crop(teacher_head(t.cls), batch)
             q = self.cls_targets(logits_t, self.teacher_temperature(progress))  # (2, B, K)
             entropy = torch.special.entr(q).sum(dim=-1).mean()
-        l_local, l_global = dino_losses(self.per_crop(self.student_head(cls_s), batch), q, self.config.student_temp)
+        l_local, l_global = dino_losses(self.per_crop(student_head(cls_s), batch), q, self.config.student_temp)
         first, second = cls_s[: len(mask)].chunk(2)  # of the global crops, before the head; each crop by itself
         terms = {
             "dino_local": l_local,

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -114,9 +113,7 @@ class DINOv3(DINOv2):
         assert s.grid is not None
         t = self.gram_teacher(rearrange(crops, "v b c h w -> (v b) c h w"))
         assert t.grid is not None
-        patches = t.patches.to(torch.promote_types(t.patches.dtype, torch.float32))
-        patches = rearrange(patches, "b (h w) d -> b d h w", h=t.grid[0])
-        return rearrange(F.interpolate(patches, s.grid, mode="bicubic"), "b d h w -> b (h w) d")
+        return encoders.resize_patches(t.patches, t.grid, s.grid)
 
     def teacher_momentum(self, progress: Progress) -> float:
         return cosine_momentum(self.config.momentum_teacher, progress, end=self.config.final_momentum_teacher)

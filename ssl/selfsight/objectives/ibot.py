@@ -87,11 +87,16 @@ class IBOT(DINO):
         images = rearrange(batch["global"], "v b c h w -> (v b) c h w")
         with torch.no_grad():
             t = self.teacher(images)
+        return t, *self.see_as_student(batch, mask)
+
+    def see_as_student(self, batch: dict[str, Tensor], mask: Tensor | None) -> tuple[Tokens, Tensor]:
+        """The student's part of `see`; without a mask it sees the global crops whole."""
+        images = rearrange(batch["global"], "v b c h w -> (v b) c h w")
         s = self.student(images, mask=mask, mask_token=self.mask_token)
         if "local" not in batch:
-            return t, s, _cls(s)
+            return s, _cls(s)
         local = self.see_local(rearrange(batch["local"], "v b c h w -> (v b) c h w"))
-        return t, s, torch.cat([_cls(s), local])
+        return s, torch.cat([_cls(s), local])
 
     def see_local(self, images: Tensor) -> Tensor:
         """The student's class tokens (n·B, D) of the local crops."""
@@ -106,6 +111,10 @@ class IBOT(DINO):
         """Probabilities of centred and sharpened logits (M, K), in fp32 or wider."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return ((logits - center.value) / temp).softmax(dim=-1)
+
+    def cls_heads(self) -> tuple[nn.Module, nn.Module]:
+        """The student's and the teacher's head for class tokens."""
+        return self.student_head, self.teacher_head
 
     def patch_heads(self) -> tuple[nn.Module, nn.Module]:
         """The student's and the teacher's head for patch tokens."""
