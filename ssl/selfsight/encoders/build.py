@@ -42,13 +42,13 @@ def build(
     *,
     drop_path: bool = True,
     pos_interpolation: PosInterpolation = "timm",
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
 ) -> Encoder:
     """A freshly initialised encoder (timm's initialisation: an objective may lay its own over it).
 
     `drop_path=False` builds it without stochastic depth and without RoPE's augmentation, for teachers and for
-    inference; the parameters are the same. On the device "meta" it has shapes and no numbers. Raises UserError for a
-    name that is no timm VisionTransformer or Eva, and for arguments that it does not take.
+    inference; the parameters are the same. `device` None is torch's default; on "meta" it has shapes and no numbers.
+    Raises UserError for a name that is no timm VisionTransformer or Eva, and for arguments that it does not take.
     """
     _check_name(config.name)
     _check_args(config)
@@ -66,7 +66,8 @@ def build(
             f"encoder.img_size={config.img_size} is not a multiple of the patch size {height}: "
             f"use {max(config.img_size // height, 1) * height}"
         )
-    if torch.device(device).type != "meta":
+    device = torch.get_default_device() if device is None else torch.device(device)
+    if device.type != "meta":
         initialise(vit, device)
     return Encoder(vit, pos_interpolation=pos_interpolation, checkpointing=checkpointing, compile=config.compile)
 
