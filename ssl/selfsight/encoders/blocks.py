@@ -31,8 +31,8 @@ Drops = tuple[Drop | None, Drop | None]  # of the attention and of the MLP
 
 def step(block: nn.Module, x_SD: Tensor, layout: Layout, drops: Drops) -> Tensor:
     """A block on a pack, (S, D) → (S, D)."""
-    if not is_residual(block):  # one of timm's rarer ones: it runs itself, with its own stochastic depth
-        return each(block, x_SD, layout)
+    if not is_residual(block) or (len(layout.groups) == 1 and drops == (None, None)):
+        return each(block, x_SD, layout)  # timm's block as it is; the rarer ones with their own stochastic depth
     x_SD = _add(x_SD, block, _attention, layout, drops[0])
     return _add(x_SD, block, _mlp, layout, drops[1])
 

@@ -4,6 +4,7 @@ so that a wrong name or argument ends in one sentence and not in a traceback fro
 
 import difflib
 import inspect
+from contextlib import nullcontext
 from typing import Any
 
 import timm
@@ -47,14 +48,16 @@ def build(
     """A freshly initialised encoder (timm's initialisation: an objective may lay its own over it).
 
     `drop_path=False` builds it without stochastic depth and without RoPE's augmentation, for teachers and for
-    inference; the parameters are the same. `device` None is torch's default; on "meta" it has shapes and no numbers.
-    Raises UserError for a name that is no timm VisionTransformer or Eva, and for arguments that it does not take.
+    inference; the parameters are the same. With a `device` it is made there at once, without passing through the CPU's
+    memory; on "meta" it has shapes and no numbers. Raises UserError for a name that is no timm VisionTransformer or
+    Eva, and for arguments that it does not take.
     """
     _check_name(config.name)
     _check_args(config)
     check_range("encoder.drop_path_rate", config.drop_path_rate, 0, 1)
     checkpointing = check_checkpointing(config.checkpointing)
-    vit = _create(config, drop_path)
+    with nullcontext() if device is None else torch.device("meta"):
+        vit = _create(config, drop_path)
     if config.drop_path_uniform and drop_path:
         _drop_uniformly(vit, config)
     vit.reset_classifier(0, "token" if vit.cls_token is not None else "avg")
@@ -66,8 +69,7 @@ def build(
             f"encoder.img_size={config.img_size} is not a multiple of the patch size {height}: "
             f"use {max(config.img_size // height, 1) * height}"
         )
-    device = torch.get_default_device() if device is None else torch.device(device)
-    if device.type != "meta":
+    if device is not None and torch.device(device).type != "meta":
         initialise(vit, device)
     return Encoder(vit, pos_interpolation=pos_interpolation, checkpointing=checkpointing, compile=config.compile)
 
@@ -91,8 +93,7 @@ def _create(config: EncoderConfig, drop_path: bool) -> Any:
     if not drop_path:
         args = {key: value for key, value in args.items() if key not in AUGMENTATIONS}
     try:
-        with torch.device("meta"):
-            vit = timm.create_model(config.name, pretrained=False, **args)
+        vit = timm.create_model(config.name, pretrained=False, **args)
     except (TypeError, AssertionError, ValueError, RuntimeError, LookupError, ArithmeticError) as e:
         raise UserError(f"timm cannot build {config.name} with encoder.args={config.args}: {_one_line(e)}") from e
     if type(vit) not in (VisionTransformer, Eva) or not isinstance(vit.patch_embed, PatchEmbed):
