@@ -191,6 +191,19 @@ def test_local_crops_have_a_norm_of_their_own_in_training(harness):
     assert small(local_cls_norm=False).local_norm is None
 
 
+def test_rotary_positions_and_registers(harness):
+    """timm's DINOv3 encoder: positions of the crops, of any size, come from RoPE, which training rescales."""
+    args = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "rope_rescale_coords": 2.0}
+    model = small(encoder=EncoderConfig("vit_tiny_patch16_dinov3_qkvb", 32, args=args), gram_start=0)
+    assert model.gram_teacher.vit.reg_token.shape == (1, 4, 32)
+    losses = harness.train(model, range(3))
+    assert all(loss.isfinite() for loss in losses)
+    reached = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert reached == {n for n, p in model.named_parameters() if p.requires_grad}
+    scales = {p.prefix: p.lr_scale(START) for p in model.parameter_rules()}
+    assert scales["student.vit.reg_token"] == pytest.approx(0.98**3)
+
+
 def test_weight_of_local_crops(harness):
     whole, half = small(local_weight=1.0), small(local_weight=0.5)
     batch = harness.make_batch(whole, 4)

@@ -86,9 +86,9 @@ class DINOv3(DINOv2):
     def see_local(self, images: Tensor) -> Tensor:
         if self.local_norm is None or not self.training:
             return super().see_local(images)
-        (tokens,) = self.student.intermediate(images, n=1, norm=False)
-        assert tokens.cls is not None
-        return self.local_norm(tokens.cls)
+        cls = self.student(images, prefix_norm=self.local_norm).cls
+        assert cls is not None
+        return cls
 
     def weights(self) -> dict[str, float]:
         c = self.config
