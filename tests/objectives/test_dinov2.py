@@ -293,7 +293,12 @@ def test_wrong_recipes(keys, sentence):
 
 def with_centres(collective: Collective | None = None) -> DINOv2:
     torch.manual_seed(0)
-    return DINOv2(small(centering="centering", shared_head=False, patch_out_dim=24), ENCODER, collective)
+    model = DINOv2(small(centering="centering", shared_head=False, patch_out_dim=24), ENCODER, collective)
+    return model.double()  # in which ranks and one process differ by what they compute, not by rounding
+
+
+def double(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: x.double() for name, x in batch.items()}
 
 
 def one_rank(rank: int, rendezvous: str, output: str) -> None:
@@ -302,7 +307,8 @@ def one_rank(rank: int, rendezvous: str, output: str) -> None:
     torch.distributed.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=2)
     collective = DistributedCollective()
     model = with_centres(collective)
-    model(harness.part(model, harness.make_batch(model, 6), 3 * rank, 3 * rank + 3), START).loss.backward()
+    batch = double(harness.make_batch(model, 6))
+    model(harness.part(model, batch, 3 * rank, 3 * rank + 3), START).loss.backward()
     model.after_step()
     gradients = {k: collective.all_reduce_sum(g) / 2 for k, g in harness.gradients(model).items()}
     if rank == 0:
@@ -315,10 +321,10 @@ def test_two_ranks_are_one_with_centres_and_untied_heads_too(harness, run_two, t
     run_two(__file__, str(tmp_path / "found.pt"))
     gradients, state = torch.load(tmp_path / "found.pt", weights_only=True)
     alone = with_centres()
-    alone(harness.make_batch(alone, 6), START).loss.backward()
+    alone(double(harness.make_batch(alone, 6)), START).loss.backward()
     alone.after_step()
-    torch.testing.assert_close(gradients, harness.gradients(alone), atol=1e-6, rtol=1e-4)
-    torch.testing.assert_close(state, alone.state_dict(), atol=1e-7, rtol=1e-5)
+    torch.testing.assert_close(gradients, harness.gradients(alone), atol=1e-10, rtol=1e-8)
+    torch.testing.assert_close(state, alone.state_dict(), atol=1e-12, rtol=1e-10)
 
 
 if __name__ == "__main__":
