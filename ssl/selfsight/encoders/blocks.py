@@ -55,7 +55,7 @@ def _draw(path: nn.Module, groups: Sequence[Group], like: Tensor) -> Drop | None
         return None
     keep = 1 - path.drop_prob
     if path.drop_prob <= SUBSET_ABOVE:
-        kept = [like.new_empty(g.count).bernoulli_(keep) / max(keep, 1e-9) for g in groups]
+        kept = [like.new_empty(g.count).bernoulli_(keep) / keep for g in groups]
         return Drop(pack([k[:, None, None].expand(-1, g.length, 1) for k, g in zip(kept, groups, strict=True)]))
     scales, rows, smaller, start = [], [], [], 0
     for g in groups:
