@@ -7,7 +7,7 @@ features of this micro-batch. The trainer owns every side effect: optimiser, EMA
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from einops import rearrange
@@ -94,6 +94,24 @@ def pair_features(encoder: Encoder, pair: Tensor) -> Tensor:
     tokens = encoder(rearrange(pair, "v b c h w -> (v b) c h w"))
     features = tokens.avg if tokens.cls is None else tokens.cls
     return rearrange(features, "(v b) d -> v b d", v=len(pair))
+
+
+def multi_crop(global_crops: CropSpec, config, *, blur: float, solarize: float = 0.0) -> ViewSpec:
+    """The global crops and, unless `config.local_crops_number` is 0, as many local ones, "local": smaller parts of the
+    image, of `config.local_crops_size` and `_scale`, augmented alike but for the probabilities given."""
+    n = config.local_crops_number
+    if not n:
+        return ViewSpec((global_crops,))
+    local_crops = replace(
+        global_crops,
+        name="local",
+        count=n,
+        size=config.local_crops_size,
+        scale=(config.local_crops_scale[0], config.local_crops_scale[1]),
+        blur=(blur,) * n,
+        solarize=(solarize,) * n if solarize else (),
+    )
+    return ViewSpec((global_crops, local_crops))
 
 
 def cosine_momentum(start: float, progress: Progress, end: float = 1.0) -> float:

@@ -7,7 +7,7 @@ Equal to facebookresearch/dino, main_dino.py, in its numbers.
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from selfsight import encoders
 from selfsight.collective import Collective
 from selfsight.errors import UserError, check_range
-from selfsight.objectives.base import Objective, Outcome, ParameterRule, Progress, cosine_momentum
+from selfsight.objectives.base import Objective, Outcome, ParameterRule, Progress, cosine_momentum, multi_crop
 from selfsight.recipe import EncoderConfig
 from selfsight.viewspec import CropSpec, ViewSpec
 
@@ -115,21 +115,10 @@ class DINO(Objective):
             blur_sigma=_range(c.blur_sigma),
             solarize=(0.0, c.solarize),
         )
-        crops = (global_crops,)
-        if c.local_crops_number:
-            local_crops = replace(
-                global_crops,
-                name="local",
-                count=c.local_crops_number,
-                size=c.local_crops_size,
-                scale=_range(c.local_crops_scale),
-                blur=(local,) * c.local_crops_number,
-                solarize=(),
-            )
-            crops += (local_crops,)
-        for crop in crops:
+        spec = multi_crop(global_crops, c, blur=local)
+        for crop in spec.crops:
             self.student.grid(crop.size)  # refuses a size that the patch does not divide before any image is read
-        return ViewSpec(crops)
+        return spec
 
     def forward(self, batch: dict[str, Tensor], progress: Progress) -> Outcome:
         """batch: "global" (2, B, 3, S, S) and, unless there are no local crops, "local" (n, B, 3, s, s)."""

@@ -6,7 +6,7 @@ z should be an isotropic Gaussian: SIGReg projects it on random directions and a
 (the paper's algorithms 1 and 2). One λ weighs the two.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from einops import rearrange
@@ -15,7 +15,7 @@ from torch import Tensor
 from selfsight import encoders
 from selfsight.collective import Collective
 from selfsight.errors import UserError, check_range
-from selfsight.objectives.base import Objective, Outcome, Progress
+from selfsight.objectives.base import Objective, Outcome, Progress, multi_crop
 from selfsight.recipe import EncoderConfig
 from selfsight.viewspec import CropSpec, ViewSpec
 
@@ -76,21 +76,10 @@ class LeJEPA(Objective):
             blur=(c.blur,) * c.global_crops_number,
             solarize=(c.solarize,) * c.global_crops_number,
         )
-        crops = (global_crops,)
-        if c.local_crops_number:
-            local_crops = replace(
-                global_crops,
-                name="local",
-                count=c.local_crops_number,
-                size=c.local_crops_size,
-                scale=(c.local_crops_scale[0], c.local_crops_scale[1]),
-                blur=(c.blur,) * c.local_crops_number,
-                solarize=(c.solarize,) * c.local_crops_number,
-            )
-            crops += (local_crops,)
-        for crop in crops:
+        spec = multi_crop(global_crops, c, blur=c.blur, solarize=c.solarize)
+        for crop in spec.crops:
             self.student.grid(crop.size)
-        return ViewSpec(crops)
+        return spec
 
     def forward(self, batch: dict[str, Tensor], progress: Progress) -> Outcome:
         """batch: "global" (V_g, B, 3, S, S) and, unless there are no local crops, "local" (n, B, 3, s, s)."""

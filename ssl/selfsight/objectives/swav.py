@@ -7,7 +7,7 @@ and its multi-crop form, equation 6). Small batches borrow earlier embeddings fr
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from selfsight import encoders
 from selfsight.collective import Collective
 from selfsight.errors import UserError, check_range
 from selfsight.losses import sinkhorn_knopp
-from selfsight.objectives.base import Objective, Outcome, ParameterRule, Progress
+from selfsight.objectives.base import Objective, Outcome, ParameterRule, Progress, multi_crop
 from selfsight.recipe import EncoderConfig
 from selfsight.viewspec import CropSpec, ViewSpec
 
@@ -81,20 +81,10 @@ class SwAV(Objective):
             grayscale=c.grayscale,
             blur=(c.blur,) * 2,
         )
-        crops = (global_crops,)
-        if c.local_crops_number:
-            local_crops = replace(
-                global_crops,
-                name="local",
-                count=c.local_crops_number,
-                size=c.local_crops_size,
-                scale=(c.local_crops_scale[0], c.local_crops_scale[1]),
-                blur=(c.blur,) * c.local_crops_number,
-            )
-            crops += (local_crops,)
-        for crop in crops:
+        spec = multi_crop(global_crops, c, blur=c.blur)
+        for crop in spec.crops:
             self.student.grid(crop.size)
-        return ViewSpec(crops)
+        return spec
 
     def forward(self, batch: dict[str, Tensor], progress: Progress) -> Outcome:
         """batch: "global" (2, B, 3, S, S) and, unless there are no local crops, "local" (n, B, 3, s, s)."""
