@@ -24,7 +24,16 @@ from PIL import ImageFile
 from selfsight.console import progress
 from selfsight.corpus.classes import LabelKey, resolve
 from selfsight.corpus.foreign import ShardBytes, find_shards, opened, refuse_packed, split_name, walk
-from selfsight.corpus.ingest import BUILD_FOLDER, COPIED, MIN_CHUNKS, BuildReport, _discard, _finished, _report
+from selfsight.corpus.ingest import (
+    BUILD_FOLDER,
+    COPIED,
+    MIN_CHUNKS,
+    BuildReport,
+    _discard,
+    _finished,
+    _report,
+    publish_tables,
+)
 from selfsight.corpus.ledger import Ledger
 from selfsight.corpus.pool import each
 from selfsight.corpus.scan import Image, Scan, Scanner
@@ -258,13 +267,7 @@ def _write(urls: list[str], ledger: Ledger, out: Path, recipe: dict[str, Any], d
         for shard, rows in each(index_shard, tasks(), workers):
             shards[shard.number], chunks[shard.number] = shard, rows
             bar.advance(shard.count)
-    table = np.concatenate([chunks[i] for i in range(len(chunks))])
-    with publish(out / CHUNKS_NAME) as f:
-        np.save(f, table, allow_pickle=False)
-    with publish(out / REJECTED_NAME) as f:
-        for number, name, kind, reason in ledger.refused():
-            line = {"source": f"{names[number]}/{shown(name)}", "kind": kind, "reason": reason}
-            f.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+    table = publish_tables(out, chunks, ledger, names)
     ordered = [shards[i] for i in range(len(shards))]
     cut_off = [names[n] for n, record in records.items() if not record["has_end_mark"]]
     for folder in folders:

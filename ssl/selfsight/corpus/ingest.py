@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -207,13 +207,7 @@ def _write(sources: list[Source], ledger: Ledger, out: Path, recipe: dict[str, A
             records[shard.number], chunks[shard.number] = shard, rows
             bar.advance(shard.count)
 
-    table = np.concatenate([chunks[i] for i in range(len(records))])
-    with publish(out / CHUNKS_NAME) as f:
-        np.save(f, table, allow_pickle=False)
-    with publish(out / REJECTED_NAME) as f:
-        for source, name, kind, reason in ledger.refused():
-            line = {"source": f"{sources[source].name}/{shown(name)}", "kind": kind, "reason": reason}
-            f.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+    table = publish_tables(out, chunks, ledger, [source.name for source in sources])
     shards = [records[i] for i in range(len(records))]
     for folder in folders:  # a worker of a build that was killed lives a moment longer than it, and may have written
         sweep(folder)
@@ -232,6 +226,19 @@ def _write(sources: list[Source], ledger: Ledger, out: Path, recipe: dict[str, A
         recipe_digest=digest,
         notes=[how, *(remark for source in sources for remark in source.remarks())],
     ).save(out)
+
+
+def publish_tables(out: Path, chunks: dict[int, np.ndarray], ledger: Ledger, names: Sequence[str]) -> np.ndarray:
+    """Publishes chunks.npy, from the rows of each shard by its number, and rejected.jsonl; returns the chunk table.
+    `names` are those of the sources."""
+    table = np.concatenate([chunks[i] for i in range(len(chunks))])
+    with publish(out / CHUNKS_NAME) as f:
+        np.save(f, table, allow_pickle=False)
+    with publish(out / REJECTED_NAME) as f:
+        for source, name, kind, reason in ledger.refused():
+            line = {"source": f"{names[source]}/{shown(name)}", "kind": kind, "reason": reason}
+            f.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+    return table
 
 
 def _tasks(

@@ -73,7 +73,7 @@ class Manifest:
         except (FileNotFoundError, NotADirectoryError):
             if os.path.isdir(store.locate(".build")):
                 raise UserError(
-                    f"{folder} is an unfinished corpus: run the same `selfsight corpus build` again"
+                    f"{folder} is an unfinished corpus: run the same `selfsight corpus build` or `adopt` again"
                 ) from None
             raise UserError(f"{folder} is no corpus (no {NAME}): make one with `selfsight corpus build`") from None
         except OSError as e:
