@@ -16,7 +16,7 @@ import yaml
 from selfsight.shards.corpus import Corpus
 from selfsight.shards.selection import write_selection
 from selfsight.stream.order import auto_lanes
-from selfsight.training import run as loop
+from selfsight.training import loop
 from selfsight.training.engine import Engine
 from selfsight.training.interrupts import Interrupts
 from selfsight.weights.run import checkpoints, exports

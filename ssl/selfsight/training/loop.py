@@ -1,0 +1,182 @@
+"""The one loop: batch, step, log, alarms, and a checkpoint where one is due.
+
+In: an engine that stands at a step, and the loader that goes on from there. Out: the log's lines; `save` is called for
+every checkpoint. All ranks go through the same steps and do the same at each.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+
+from selfsight.console import progress as progress_bar
+from selfsight.console import say
+from selfsight.encoders import feature_spread, rankme
+from selfsight.objectives import Progress
+from selfsight.stream.foreign import ForeignLoader
+from selfsight.stream.loader import StepLoader, to_device
+from selfsight.training.account import Account
+from selfsight.training.engine import Engine, Step
+from selfsight.training.interrupts import Interrupts
+from selfsight.training.log import Log
+from selfsight.training.monitor import Monitor
+
+NOT_FINITE_LIMIT = 10  # steps refused in a row before the run ends
+
+
+class Diverged(RuntimeError):
+    """The loss has not been finite for `NOT_FINITE_LIMIT` steps in a row. The message is one sentence."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked for an end; a checkpoint was written. The message is one sentence."""
+
+
+class Loop:
+    """The steps `start` … `total_steps` − 1 of a run. `log` is None on every rank but the first."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        loader: StepLoader | ForeignLoader,
+        *,
+        account: Account | None,
+        log: Log | None,
+        start: int,
+        total_steps: int,
+        steps_per_epoch: int,
+        save: Callable[[int], None],
+    ) -> None:
+        self.engine, self.loader, self.account, self.log, self.save = engine, loader, account, log, save
+        self.recipe, self.cluster = engine.recipe, engine.cluster
+        self.start, self.total_steps, self.steps_per_epoch = start, total_steps, steps_per_epoch
+        self.monitor = Monitor(
+            engine.objective.collapse_loss(),
+            warmup_steps=int(self.recipe.optimizer.warmup_epochs * steps_per_epoch),
+            teacher=bool(engine.objective.teacher_pairs()),
+        )
+        for record in log.records if log else ():
+            self.monitor.look(record)  # what it would have seen, had the run never stopped
+        self.meter = Meter()
+
+    def run(self, interrupts: Interrupts) -> None:
+        """Raises Stopped once `interrupts` asked any rank to stop and a checkpoint is written, and Diverged."""
+        training, refused = self.recipe.training, 0
+        first = self.cluster.rank == 0
+        bar = progress_bar("pretrain", self.total_steps, self.start) if first else nullcontext()
+        with bar as shown:
+            for step, batches in enumerate(self.meter.waiting(iter(self.loader)), self.start):
+                done = step + 1
+                torch.manual_seed(step_seed(self.recipe.seed, step, self.cluster.rank))
+                result = self.engine.step(
+                    [to_device(batch, self.cluster.device, self.loader.views.spec) for batch in batches],
+                    Progress(step, self.steps_per_epoch, self.total_steps),
+                    asked_to_stop=interrupts.asked_to_stop,
+                )
+                self.meter.images += self.recipe.batch_size
+                refused = 0 if result.taken else refused + 1
+                if refused:
+                    self._tell(done, not_finite(result, done, self.engine))
+                if done % training.log_every == 0 or done in (1, self.total_steps):
+                    self._record(result, done)
+                    self._count(done)
+                if refused == NOT_FINITE_LIMIT:
+                    raise Diverged(
+                        f"training ended at step {done}: {refused} steps in a row were not finite; try a smaller "
+                        "optimizer.base_lr, a longer warm-up, optimizer.clip or training.precision=fp32"
+                    )
+                if done % training.checkpoint_every == 0 or done == self.total_steps or result.stop:
+                    self._count(done)  # who goes on from here will not ask again what is over
+                    self.save(done)
+                if shown:
+                    shown.advance(loss=f"{result.loss:.4f}", lr=f"{result.lr:.2e}")
+                if result.stop and done < self.total_steps:
+                    raise Stopped(
+                        f"stopped at step {done} of {self.total_steps} on {interrupts.received or 'another rank'}; "
+                        "a checkpoint is written: give the same command again to continue"
+                    )
+
+    def _record(self, result: Step, done: int) -> None:
+        """Logs the numbers of a step, and what they alarm to. All ranks call it."""
+        values = self._values(result, done)
+        if self.log:
+            self.log.record(done, values)
+            for sentence in self.monitor.look({"step": done, **values}):
+                self._tell(done, sentence)
+
+    def _values(self, result: Step, done: int) -> dict[str, float]:
+        """The numbers of a logged step. All ranks call it."""
+        metrics: dict[str, float] = {}
+        if result.metrics:
+            mean = self.cluster.sum(torch.stack(list(result.metrics.values()))) / self.cluster.world_size
+            metrics = dict(zip(result.metrics, mean.tolist(), strict=True))
+        features = self.cluster.gather_rows(result.features.float())
+        finite = bool(features.isfinite().all())
+        rate, waited = self.meter.read()
+        return {
+            "epoch": done / self.steps_per_epoch,
+            "loss": result.loss,
+            "lr": result.lr,
+            "weight_decay": result.weight_decay,
+            "momentum": result.momentum,
+            "grad_norm": result.grad_norm,
+            "images_per_second": rate,
+            "data_wait": waited,
+            "feature_spread": feature_spread(features).item() if finite else float("nan"),
+            "rankme": rankme(features).item() if finite else float("nan"),
+            **metrics,
+        }
+
+    def _count(self, done: int) -> None:
+        """Says of every epoch that ended whether all of it was delivered, and of images that had to be replaced. All
+        ranks call it."""
+        for alarming, sentence in self.account.look(done) if self.account else ():
+            if alarming:
+                self._tell(done, sentence)
+            elif self.log:
+                self.log.note(done, sentence)
+
+    def _tell(self, step: int, sentence: str) -> None:
+        if self.log:
+            self.log.event(step, sentence)
+            say(f"ALARM {sentence}")
+
+
+class Meter:
+    """Images per second, and the share of the time that training waited for them, since the last reading."""
+
+    def __init__(self) -> None:
+        self.images, self._waited, self._since = 0, 0.0, time.monotonic()
+
+    def waiting(self, batches: Iterator) -> Iterator:
+        while True:
+            began = time.monotonic()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self._waited += time.monotonic() - began
+            yield batch
+
+    def read(self) -> tuple[float, float]:
+        now = time.monotonic()
+        elapsed = max(now - self._since, 1e-9)
+        values = self.images / elapsed, self._waited / elapsed
+        self.images, self._waited, self._since = 0, 0.0, now
+        return values
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of torch's generators for one step on one rank: no generator's state need be kept."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def not_finite(result: Step, step: int, engine: Engine) -> str:
+    """What was not finite at a refused step, in words."""
+    if not np.isfinite(result.loss):
+        return f"step {step}: the loss is {result.loss}; the step was not taken"
+    group = next(i for i, n in enumerate(result.grad_norms) if not np.isfinite(n))
+    name = engine.optimizer.param_groups[group]["names"][0]
+    return f"step {step}: a gradient is not finite ({name} or its group); the step was not taken"
