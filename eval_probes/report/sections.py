@@ -150,8 +150,10 @@ def curves(run: RunFolder) -> tuple[list[Curve], list[str]]:
 
 
 def _reference(run: RunFolder, metric: str) -> tuple[float, str] | None:
-    prototypes = run.recipe["objective"].get("out_dim")
-    if metric in ("loss", "teacher_entropy") and isinstance(prototypes, int):
+    objective = run.recipe["objective"]
+    prototypes = objective.get("out_dim")  # of a method with a teacher's entropy: others call a width so
+    known = metric == "teacher_entropy" or (metric == "loss" and objective.get("name") == "dino")
+    if known and isinstance(prototypes, int):
         return math.log(prototypes), f"ln {prototypes}: all images alike"
     return None
 

@@ -90,16 +90,16 @@ def test_two_micro_batches_are_one_batch(harness, name):
 
 
 @torch.no_grad()
-def test_collapse_value(harness, name):
+def test_collapse_values(harness, name):
     """Weights of zero, but for those that only make sense with a length, map every image to one output."""
     objective = harness.small(name)
     for key, p in objective.named_parameters():
         if "last_layer" not in key:
             p.zero_()
-    expected = objective.collapse_loss()
-    if expected is not None:
-        loss = objective(harness.make_batch(objective, 4), harness.START).loss
-        assert loss.item() == pytest.approx(expected, rel=1e-4)
+    outcome = objective(harness.make_batch(objective, 4), harness.START)
+    found = {**outcome.metrics, "loss": outcome.loss}
+    expected = objective.collapse_values()
+    assert {key: found[key].item() for key in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 def test_learns(harness, name):

@@ -139,7 +139,7 @@ def test_prototypes_are_frozen_for_their_steps():
 
 def test_collapse_and_views():
     swav = SwAV(SwAVConfig(hidden_dim=8), EncoderConfig(args={"depth": 1}))
-    assert swav.collapse_loss() == math.log(3000)
+    assert swav.collapse_values() == {"loss": math.log(3000)}
     large, local = swav.views().crops
     assert (large.name, large.count, large.size, large.scale) == ("global", 2, 224, (0.14, 1.0))
     assert (local.name, local.count, local.size, local.scale) == ("local", 6, 96, (0.05, 0.14))

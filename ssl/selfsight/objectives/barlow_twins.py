@@ -53,8 +53,8 @@ class BarlowTwins(Objective):
         loss = barlow_twins_loss(c, self.config.redundancy_weight)
         return Outcome(loss, features=y[0].detach(), metrics={"correlation": c.detach().diagonal().mean()})
 
-    def collapse_loss(self) -> float:
-        return float(self.config.out_dim)  # no dimension correlates with anything
+    def collapse_values(self) -> dict[str, float]:
+        return {"loss": float(self.config.out_dim)}  # no dimension correlates with anything
 
 
 def cross_correlation(z_a: Tensor, z_b: Tensor, collective: Collective | None = None) -> Tensor:

@@ -158,6 +158,8 @@ class Objective(nn.Module, ABC):
     def discard_step(self) -> None:
         """Called instead of `after_step` when the step was not taken: forgets those statistics."""
 
-    def collapse_loss(self) -> float | None:
-        """The loss of a model that maps every image to the same output, if that is known."""
-        return None
+    def collapse_values(self) -> dict[str, float]:
+        """What "loss" and metrics are for a model to which all images and all prototypes are alike, where that is
+        known: the monitors take values that stay there for collapse. A total can hide which of its terms collapsed, so
+        terms that are metrics are worth naming. "teacher_entropy" is then at its largest, ln K."""
+        return {}

@@ -147,8 +147,8 @@ class Data2Vec2(Objective):
         done = min(progress.step / c.ema_anneal_end_step, 1.0)
         return c.ema_decay + (c.ema_end_decay - c.ema_decay) * done
 
-    def collapse_loss(self) -> float:
-        return 0.0  # what is the same at every patch is normalised away: the targets are 0, and easily met
+    def collapse_values(self) -> dict[str, float]:
+        return {"loss": 0.0}  # what is the same at every patch is normalised away: the targets are 0, and easily met
 
     def _check(self, encoder: EncoderConfig) -> None:
         c = self.config

@@ -180,8 +180,12 @@ class DINO(Objective):
         self.pending_sum.zero_()
         self.pending_rows.zero_()
 
-    def collapse_loss(self) -> float:
-        return math.log(self.config.out_dim)  # a uniform student, whatever the teacher says
+    def collapse_values(self) -> dict[str, float]:
+        ln_k = math.log(self.config.out_dim)
+        return {
+            "loss": ln_k,
+            "teacher_entropy": ln_k,
+        }  # the loss is that of a uniform student, whatever the teacher says
 
 
 def dino_loss(logits_s: Tensor, q: Tensor, student_temp: float) -> Tensor:

@@ -178,7 +178,7 @@ class DINOv2(IBOT):
         if self.config.centering == "centering":
             super().after_step()
 
-    def collapse_loss(self) -> float:
+    def collapse_values(self) -> dict[str, float]:
         """A uniform student, whatever the targets; and neighbours at no distance but KoLeo's epsilon.
 
         That holds while the share of crops to mask is a whole number of crops, and none of their masks falls empty.
@@ -186,7 +186,16 @@ class DINOv2(IBOT):
         c = self.config
         ln_k, ln_k_patch = math.log(c.out_dim), math.log(c.patch_out_dim or c.out_dim)
         ln_d = math.log((math.sqrt(self.student.embed_dim) + 1) * EPSILON)
-        return c.dino_weight * ln_k + c.ibot_weight * c.mask_probability * ln_k_patch - 2 * c.koleo_weight * ln_d
+        local = c.local_crops_number / (c.local_crops_number + 1)  # share of the pairs
+        terms = {
+            "dino_local": local * ln_k,
+            "dino_global": (1 - local) * ln_k,
+            "ibot": c.mask_probability * ln_k_patch,
+            "koleo": -2 * ln_d,
+        }
+        weights = self.weights()
+        loss = sum(weights[name] * value for name, value in terms.items())
+        return {"loss": loss, **terms, "teacher_entropy": ln_k}
 
 
 def dino_losses(logits_s: Tensor, q: Tensor, student_temp: float) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,6 @@ RoPE and registers are the encoder's: choose one of timm's `vit_*_dinov3`.
 """
 
 import copy
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -147,13 +146,6 @@ class DINOv3(DINOv2):
 
     def set_extra_state(self, state: Tensor) -> None:
         self.copies = int(state)
-
-    def collapse_loss(self) -> float:
-        """As DINOv2's, with the local crops' weight; patches that are all alike have the same cosines, or none."""
-        c = self.config
-        crops = 2 + c.local_crops_number
-        local = 2 * c.local_crops_number / (2 * crops - 2)  # share of the pairs
-        return super().collapse_loss() - c.dino_weight * (1 - c.local_weight) * local * math.log(c.out_dim)
 
 
 def _checked(c: DINOv3Config) -> DINOv3Config:

@@ -160,11 +160,13 @@ class Distillation(DINOv2):
         if self.large is not None:
             self.large.discard_step()
 
-    def collapse_loss(self) -> float | None:
+    def collapse_values(self) -> dict[str, float]:
         if self.matches_features:
-            return None  # it depends on the teacher's tokens
-        own = super().collapse_loss()
-        return own if self.large is None else own + self.large.collapse_loss()
+            return {}  # they depend on the teacher's tokens
+        own = super().collapse_values()
+        its = {} if self.large is None else self.large.collapse_values()
+        loss = own.pop("loss") + its.pop("loss", 0.0)
+        return {"loss": loss, **own, **{f"large_{name}": value for name, value in its.items()}}
 
 
 def _linear_pair(in_dim: int, out_dim: int) -> tuple[nn.Linear, nn.Linear]:

@@ -5,6 +5,7 @@ blocks of patches hidden behind a mask token, and says at each of those places w
 there. Equal to bytedance/ibot, main_ibot.py iBOTLoss and loader.py.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -138,9 +139,10 @@ class IBOT(DINO):
         self.patch_center.discard()
         super().discard_step()
 
-    def collapse_loss(self) -> float | None:
-        """Not one number: a batch in which m of the 2·B crops happen to be masked gives (λ1 + λ2·m / 2·B) ln K."""
-        return None
+    def collapse_values(self) -> dict[str, float]:
+        """Not the loss: a batch in which m of the 2·B crops happen to be masked gives (λ1 + λ2·m / 2·B) ln K."""
+        ln_k = math.log(self.config.out_dim)
+        return {"dino": ln_k, "teacher_entropy": ln_k}
 
 
 def _cls(tokens: Tokens) -> Tensor:

@@ -140,8 +140,8 @@ class IJEPA(Objective):
         start = self.config.momentum_teacher
         return start + (1 - start) * progress.step / progress.total_steps
 
-    def collapse_loss(self) -> float:
-        return 0.0  # what is always the same is predicted without error
+    def collapse_values(self) -> dict[str, float]:
+        return {"loss": 0.0}  # what is always the same is predicted without error
 
 
 class _Block(Block):

@@ -105,10 +105,10 @@ class MAE(Objective):
             x = block(x)
         return self.decoder_pred(self.decoder_norm(x))[:, prefix:]
 
-    def collapse_loss(self) -> float | None:
+    def collapse_values(self) -> dict[str, float]:
         """What predicting each patch's mean scores: all of the normalised, unbiased variance."""
         n = self.student.patch_size**2 * 3
-        return (n - 1) / n if self.config.norm_pix_loss else None
+        return {"loss": (n - 1) / n} if self.config.norm_pix_loss else {}
 
     def _check(self, encoder: EncoderConfig) -> None:
         c = self.config

@@ -150,13 +150,14 @@ class MSN(Objective):
         start = self.config.momentum_teacher
         return start + (1 - start) * progress.step / progress.total_steps
 
-    def collapse_loss(self) -> float:
+    def collapse_values(self) -> dict[str, float]:
         """Of equal scores: uniform predictions cost ln K and me-max nothing; a power law lies away from them."""
         c = self.config
-        if c.prior_exponent is None:
-            return math.log(c.num_proto)
-        entropy = torch.special.entr(power_law(c.num_proto, c.prior_exponent)).sum().item()
-        return math.log(c.num_proto) + c.memax_weight * (math.log(c.num_proto) - entropy)
+        ln_k, away = math.log(c.num_proto), 0.0
+        if c.prior_exponent is not None:
+            away = ln_k - torch.special.entr(power_law(c.num_proto, c.prior_exponent)).sum().item()
+        loss = ln_k + c.memax_weight * away
+        return {"loss": loss, "match": ln_k, "balance": away, "teacher_entropy": ln_k}
 
 
 def cosines(z: Tensor, prototypes: Tensor) -> Tensor:

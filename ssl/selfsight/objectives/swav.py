@@ -136,8 +136,9 @@ class SwAV(Objective):
         frozen = self.config.freeze_prototypes_niters
         return [ParameterRule("prototypes", lambda progress: float(progress.step >= frozen))]
 
-    def collapse_loss(self) -> float:
-        return math.log(self.config.nmb_prototypes)  # equal scores: uniform predictions, whatever the codes say
+    def collapse_values(self) -> dict[str, float]:
+        # Of equal scores: uniform predictions, whatever the codes say.
+        return {"loss": math.log(self.config.nmb_prototypes)}
 
 
 def codes(scores: Tensor, older: Tensor, epsilon: float, iterations: int, collective: Collective) -> Tensor:

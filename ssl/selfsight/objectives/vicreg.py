@@ -66,8 +66,9 @@ class VICReg(Objective):
         )
         return Outcome(loss, features=y[0].detach(), metrics={k: v.detach() for k, v in terms._asdict().items()})
 
-    def collapse_loss(self) -> float:
-        return self.config.variance_weight * 2 * (GAMMA - EPSILON**0.5)  # the two other terms are 0
+    def collapse_values(self) -> dict[str, float]:
+        variance = 2 * (GAMMA - EPSILON**0.5)
+        return {"loss": self.config.variance_weight * variance, "variance": variance}  # the two other terms are 0
 
 
 class Terms(NamedTuple):

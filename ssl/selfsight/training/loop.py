@@ -53,9 +53,8 @@ class Loop:
         self.recipe, self.cluster = engine.recipe, engine.cluster
         self.start, self.total_steps, self.steps_per_epoch = start, total_steps, steps_per_epoch
         self.monitor = Monitor(
-            engine.objective.collapse_loss(),
+            engine.objective.collapse_values(),
             warmup_steps=int(self.recipe.optimizer.warmup_epochs * steps_per_epoch),
-            teacher=bool(engine.objective.teacher_pairs()),
         )
         for record in log.records if log else ():
             self.monitor.look(record)  # what it would have seen, had the run never stopped

@@ -4,11 +4,12 @@ In: the numbers of logged steps. Out: sentences, each when its sign has lasted f
 only after it had gone. RankMe: Garrido et al. 2023, arXiv:2210.02885.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 PATIENCE = 5  # records in a row
-LOSS_BAND = 1e-3  # of ln K: a loss this close to it is that of a constant output
+LOSS_BAND = 1e-3  # of a collapse value: what is this close to it is that of a constant output
 SPREAD_FLOOR = 0.01  # of 1, the spread of features that are all over the sphere
 RANK_FLOOR = 1.5  # RankMe of features that lie on one line is 1
 ENTROPY_BAND = 0.01  # of ln K, from either end
@@ -23,11 +24,11 @@ class Sign:
 
 
 class Monitor:
-    """Looks at records. `collapse_loss` is the loss of a constant output, if known; `warmup_steps` are not judged."""
+    """Looks at records. `collapse` are an objective's `collapse_values`; `warmup_steps` are not judged."""
 
-    def __init__(self, collapse_loss: float | None, *, warmup_steps: int = 0, teacher: bool = False) -> None:
+    def __init__(self, collapse: dict[str, float], *, warmup_steps: int = 0) -> None:
         self.warmup_steps = warmup_steps
-        self.signs = _signs(collapse_loss, teacher)
+        self.signs = _signs(collapse)
         self._seen = dict.fromkeys((s.name for s in self.signs), 0)
 
     def look(self, record: dict[str, float]) -> list[str]:
@@ -41,7 +42,7 @@ class Monitor:
         return told
 
 
-def _signs(collapse_loss: float | None, teacher: bool) -> list[Sign]:
+def _signs(collapse: dict[str, float]) -> list[Sign]:
     signs = [
         Sign(
             "spread",
@@ -54,29 +55,32 @@ def _signs(collapse_loss: float | None, teacher: bool) -> list[Sign]:
             "features vary along one direction only (RankMe {rankme:.2f}): the encoder has collapsed; " + TRY,
         ),
     ]
-    if collapse_loss is not None:
-        signs.append(
-            Sign(
-                "loss",
-                lambda r: abs(r["loss"] - collapse_loss) < LOSS_BAND * collapse_loss,
-                f"the loss {{loss:.4f}} stays at {collapse_loss:.4f}, that of an output which tells nothing: "
-                + TRY
-                + (", a lower teacher temperature" if teacher else ""),
-            )
-        )
-    if collapse_loss is not None and teacher:
+    terms = {name: value for name, value in collapse.items() if name != "teacher_entropy"}
+    ln_k = collapse.get("teacher_entropy")
+    signs += [_stays(name, value, teacher=ln_k is not None) for name, value in terms.items()]
+    if ln_k is not None:
         signs += [
             Sign(
                 "sharp",
-                lambda r: r.get("teacher_entropy", collapse_loss) < ENTROPY_BAND * collapse_loss,
+                lambda r: r.get("teacher_entropy", ln_k) < ENTROPY_BAND * ln_k,
                 "the teacher puts every image on a single prototype (entropy {teacher_entropy:.4f}): "
                 "try a higher teacher temperature or a longer temperature warm-up",
             ),
             Sign(
                 "flat",
-                lambda r: r.get("teacher_entropy", 0.0) > (1 - LOSS_BAND) * collapse_loss,
+                lambda r: r.get("teacher_entropy", 0.0) > (1 - LOSS_BAND) * ln_k,
                 "the teacher sees no difference between prototypes (entropy {teacher_entropy:.4f}, at most "
-                f"{collapse_loss:.4f}): try a lower teacher temperature",
+                f"{ln_k:.4f}): try a lower teacher temperature",
             ),
         ]
     return signs
+
+
+def _stays(name: str, value: float, *, teacher: bool) -> Sign:
+    """That the loss or a term of it stays at its collapse value, unless that is 0, where every good loss goes."""
+    return Sign(
+        name,
+        lambda r: abs(r.get(name, math.nan) - value) < LOSS_BAND * abs(value),
+        f"the {'loss' if name == 'loss' else f'term {name}'} {{{name}:.4f}} stays at {value:.4f}, that of an output "
+        f"which tells nothing: {TRY}{', a lower teacher temperature' if teacher else ''}",
+    )
