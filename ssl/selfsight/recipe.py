@@ -35,12 +35,16 @@ class EncoderConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW, with per-step linear warm-up and cosine decay."""
+    """AdamW, with a warm-up and a decay of the learning rate at every step."""
 
-    base_lr: float = 5e-4  # for a global batch of 256: lr = base_lr · batch_size / 256
-    min_lr: float = 1e-6  # where the cosine ends; not scaled
+    base_lr: float = 5e-4  # the highest, for a global batch of `reference_batch` images
+    scaling: str = "linear"  # with the batch: linear, sqrt (of batch_size / reference_batch), or none
+    reference_batch: int = 256  # images
+    schedule: str = "dino_cosine"  # or mae_cosine, truncated_cosine, linear_warmup_cosine, constant; all warm up first
     warmup_epochs: float = 10.0
-    warmup: str = "dino"  # dino: linspace that includes its end point, per step; mae: lr · epoch / warmup_epochs
+    min_lr: float = 1e-6  # where a cosine ends; not scaled
+    trunc_extra: float = 0.0  # of truncated_cosine: the share of it that is left out at its end
+    cosine_epochs: float | None = None  # of linear_warmup_cosine, then constant; null = to the end
     weight_decay: float = 0.04
     weight_decay_end: float | None = None  # cosine towards this; null = constant
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])

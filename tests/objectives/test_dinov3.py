@@ -165,9 +165,9 @@ def test_the_cosine_is_the_official_one(golden):
 
 
 def test_schedules_that_end_where_they_begin_are_constant():
-    """A recipe says so with min_lr = lr, no weight_decay_end and final_momentum_teacher = momentum_teacher."""
+    """A recipe says so with schedule=constant, no weight_decay_end, and final_momentum_teacher = momentum_teacher."""
     model = small(momentum_teacher=0.994, final_momentum_teacher=0.994)
-    optimizer = OptimizerConfig(base_lr=1e-3, min_lr=4e-3, warmup_epochs=1.0)
+    optimizer = OptimizerConfig(base_lr=1e-3, schedule="constant", warmup_epochs=1.0)
     times = [Progress(i, 4, 40) for i in range(4, 40)]
     assert {model.teacher_momentum(t) for t in times} == {0.994}
     np.testing.assert_allclose([schedules.learning_rate(optimizer, 1024, t) for t in times], 4e-3, rtol=1e-15)

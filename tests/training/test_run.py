@@ -143,7 +143,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(command, spawn, tmp_path):
         (["training.zero=3"], "choose 0 or 1"),
         (["training.precision=fp16"], "choose fp32 or bf16"),
         (["optimizer.warmup_epochs=3"], "longer than the run"),
-        (["optimizer.warmup=cubic"], "choose dino or mae"),
+        (["optimizer.schedule=cubic"], "choose dino_cosine, mae_cosine"),
         (["epochs=0"], "give a positive number"),
         (["epochs=.inf"], "give a positive number"),
         (["stream.workers=-1"], "stream.workers is -1: give 0 or more"),

@@ -10,9 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from selfsight.errors import UserError, check_range
 from selfsight.objectives import ParameterRule, Progress
+from selfsight.recipe import OptimizerConfig
 
 CLIP_EPSILON = 1e-6  # in the clipping coefficient, as DINO's `clip_gradients` and torch have it
+
+
+def check(config: OptimizerConfig) -> None:
+    """Raises UserError for values that no optimiser takes."""
+    if len(config.betas) != 2 or not all(0 <= beta < 1 for beta in config.betas):
+        raise UserError(f"optimizer.betas is {config.betas}: give two numbers from 0 to below 1, such as [0.9, 0.999]")
+    check_range("optimizer.clip", config.clip, 0)
+    if config.clip_per not in ("global", "tensor"):
+        raise UserError(f"optimizer.clip_per is {config.clip_per!r}: choose global or tensor")
 
 
 def parameter_groups(module: nn.Module, rules: list[ParameterRule], *, per_tensor: bool) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from selfsight.errors import UserError, check_range
 from selfsight.recipe import Recipe
 from selfsight.stream.loader import auto_workers
 from selfsight.stream.order import auto_lanes
-from selfsight.training import schedules
+from selfsight.training import optim, schedules
 from selfsight.weights.run import FREE
 
 # Keys that a continued run takes from its first part when they are null now.
@@ -41,11 +41,9 @@ def check(recipe: Recipe) -> None:
         raise UserError(f"training.zero is {training.zero}: choose 0 or 1")
     if training.precision not in (None, "fp32", "bf16"):
         raise UserError(f"training.precision is {training.precision!r}: choose fp32 or bf16, or leave it null")
-    betas = recipe.optimizer.betas
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise UserError(f"optimizer.betas is {betas}: give two numbers from 0 to below 1, such as [0.9, 0.999]")
     if not 0 < recipe.epochs < inf:
         raise UserError(f"epochs is {recipe.epochs:g}: give a positive number")
+    optim.check(recipe.optimizer)
     schedules.check(recipe.optimizer, recipe.epochs)
     for key, low in LEAST.items():
         if (value := _get(recipe, key)) is not None:
