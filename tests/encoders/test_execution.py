@@ -47,6 +47,21 @@ def test_recomputing_changes_no_bit(name, checkpointing):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+def test_recomputing_in_bf16(checkpointing):
+    """Autocast casts a weight once and keeps it: the second size finds what the recomputation makes again."""
+    gradients = []
+    for how in ("none", checkpointing):
+        encoder = build(NAMES[0], how)
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = sum(encoder(torch.randn(4, 3, size, size)).avg.square().sum() for size in (32, 16))
+        loss.backward()
+        gradients.append([p.grad for p in encoder.parameters() if p.grad is not None])
+    for a, b in zip(*gradients, strict=True):  # summed over the sizes in fp32 instead of bf16
+        torch.testing.assert_close(a, b, atol=0.01 * float(a.abs().max()) + 1e-3, rtol=0.01)
+
+
 class Saved:
     """Bytes that autograd keeps for the backward pass, parameters left out."""
 

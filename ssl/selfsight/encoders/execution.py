@@ -4,6 +4,7 @@ Neither changes what a block computes nor what its parameters are called: they w
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -53,11 +54,20 @@ def checkpointed(how: Checkpointing) -> Step:
     def recomputing(block: nn.Module, x_SD: Tensor, layout: Layout, drops: Drops) -> Tensor:
         if not torch.is_grad_enabled():
             return step(block, x_SD, layout, drops)
-        out = checkpoint(step, block, x_SD, layout, drops, use_reentrant=False, **keep)
+        with _casts_counted(x_SD.device.type):
+            out = checkpoint(step, block, x_SD, layout, drops, use_reentrant=False, **keep)
         assert isinstance(out, Tensor)
         return out
 
     return recomputing
+
+
+def _casts_counted(device: str) -> AbstractContextManager:
+    """Autocast as it is, but casting weights anew: from its cache the forward pass would take some for which the
+    recomputation, that begins with an empty one, needs operations that selective checkpointing has not seen."""
+    if not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False)
 
 
 def check_checkpointing(how: str) -> Checkpointing:
