@@ -44,6 +44,14 @@ def test_gradients_reach_all_of_the_student_and_nothing_of_the_teacher(harness, 
     assert any(n.startswith("student.vit.") for n in trainable)
 
 
+def test_no_parameter_is_moved_by_rounding_noise(harness, name):
+    """In float64, so that a gradient which is zero by the method's own arithmetic is told from a small one."""
+    objective = harness.small(name)
+    objective(harness.make_exact(objective, 6), harness.START).loss.backward()
+    size = {n: g.square().mean().sqrt().item() for n, g in harness.gradients(objective).items()}
+    assert [n for n, g in size.items() if g < 1e-11 * max(size.values())] == []
+
+
 def test_forward_changes_no_state(harness, name):
     objective = harness.small(name)
     before = {k: v.clone() for k, v in objective.state_dict().items()}

@@ -59,7 +59,8 @@ def test_patches_and_positions_stay_as_they_were_drawn():
     torch.manual_seed(0)
     moco = MoCoV3(SMALL, encoder())
     frozen = [n for n, p in moco.named_parameters() if not p.requires_grad and not n.startswith("teacher")]
-    assert frozen == [f"student.vit.{n}" for n in ("pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias")]
+    held = ("pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias", "norm.bias")
+    assert frozen == [f"student.vit.{n}" for n in held]
     assert torch.equal(moco.student.vit.pos_embed[0], sincos_table(48, 4, 1).float())
     learnt = MoCoV3(MoCoV3Config(hidden_dim=32, out_dim=16, crop_size=32, freeze_patch_embed=False), encoder())
     assert learnt.student.vit.patch_embed.proj.weight.requires_grad

@@ -94,13 +94,14 @@ class MLP(nn.Sequential):
     """Linear layers of the widths `dims`, with BatchNorm and ReLU between them: (B, dims[0]) → (B, dims[-1]).
 
     `last_bn` normalises the output too, without a learnt scale and shift. torch's own initialisation of linear layers.
+    No layer has a bias but the last, unless `last_bias` is false: batch normalisation takes it off again.
     """
 
-    def __init__(self, dims: Sequence[int], collective: Collective, *, bias: bool = False, last_bn: bool = False):
+    def __init__(self, dims: Sequence[int], collective: Collective, *, last_bias: bool = True, last_bn: bool = False):
         layers: list[nn.Module] = []
         for i, (width, out) in enumerate(pairwise(dims), start=2):
             last = i == len(dims)
-            layers.append(nn.Linear(width, out, bias=bias or (last and not last_bn)))
+            layers.append(nn.Linear(width, out, bias=last and last_bias and not last_bn))
             if not last:
                 layers += [BatchNorm(out, collective), nn.ReLU()]
         if last_bn:

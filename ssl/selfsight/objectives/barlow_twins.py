@@ -13,7 +13,7 @@ from torch import Tensor
 from selfsight import encoders
 from selfsight.collective import Collective
 from selfsight.errors import check_range
-from selfsight.objectives.base import Objective, Outcome, PairConfig, Progress, pair_features
+from selfsight.objectives.base import Objective, Outcome, PairConfig, Progress, freeze_final_bias, pair_features
 from selfsight.recipe import EncoderConfig
 from selfsight.viewspec import ViewSpec
 
@@ -37,9 +37,11 @@ class BarlowTwins(Objective):
             check_range(f"objective.{key}", getattr(config, key), 1)
         check_range("objective.redundancy_weight", config.redundancy_weight, 0)
         self.student = encoders.build(encoder)
+        freeze_final_bias(self.student)
         hidden = [config.hidden_dim] * (config.projector_layers - 1)
-        self.projector = encoders.MLP([self.student.embed_dim, *hidden, config.out_dim], self.collective)
-        self.projector[-1].register_parameter("bias", None)  # the loss does not see a shift of all embeddings
+        widths = [self.student.embed_dim, *hidden, config.out_dim]
+        # The loss does not see a shift of all embeddings.
+        self.projector = encoders.MLP(widths, self.collective, last_bias=False)
 
     def views(self) -> ViewSpec:
         self.student.grid(self.config.crop_size)  # refuses a size that the patch does not divide

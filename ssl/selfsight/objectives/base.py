@@ -89,6 +89,17 @@ class PairConfig:
         return ViewSpec((pair,))
 
 
+def freeze_final_bias(encoder: Encoder) -> None:
+    """Leaves the bias of the final norm as it is, for heads that begin with a batch-normalised linear map.
+
+    Such a head takes off again what the bias adds, so its gradient is rounding noise; AdamW would make of that steps of
+    full size, and the features that training hands out would walk at random with it. The other part of an encoder
+    without a gradient, the key third of a qkv bias, is left to walk, as everywhere: softmax takes off what it adds.
+    """
+    if (bias := getattr(encoder.vit.norm, "bias", None)) is not None:
+        bias.requires_grad_(False)
+
+
 def pair_features(encoder: Encoder, pair: Tensor) -> Tensor:
     """pair (2, B, 3, S, S) → (2, B, D) in one forward: the class token, or the mean patch where there is none."""
     tokens = encoder(rearrange(pair, "v b c h w -> (v b) c h w"))

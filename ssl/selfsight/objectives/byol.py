@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from selfsight import encoders
 from selfsight.collective import Collective
 from selfsight.errors import check_range
-from selfsight.objectives.base import Objective, Outcome, PairConfig, Progress, cosine_momentum, pair_features
+from selfsight.objectives.base import (
+    Objective,
+    Outcome,
+    PairConfig,
+    Progress,
+    cosine_momentum,
+    freeze_final_bias,
+    pair_features,
+)
 from selfsight.recipe import EncoderConfig
 from selfsight.viewspec import ViewSpec
 
@@ -39,6 +47,7 @@ class BYOL(Objective):
             check_range(f"objective.{key}", getattr(config, key), 1)
         check_range("objective.momentum_teacher", config.momentum_teacher, 0, 1)
         self.student = encoders.build(encoder)
+        freeze_final_bias(self.student)
         self.student.vit.patch_embed.requires_grad_(not config.freeze_patch_embed)
         self.student_projector = self._mlp(self.student.embed_dim)
         self.predictor = self._mlp(config.out_dim)
@@ -49,7 +58,8 @@ class BYOL(Objective):
             teacher.requires_grad_(False)
 
     def _mlp(self, in_dim: int) -> encoders.MLP:
-        return encoders.MLP([in_dim, self.config.hidden_dim, self.config.out_dim], self.collective)
+        widths = [in_dim, self.config.hidden_dim, self.config.out_dim]
+        return encoders.MLP(widths, self.collective, last_bias=False)  # as in the official code
 
     def views(self) -> ViewSpec:
         self.student.grid(self.config.crop_size)  # refuses a size that the patch does not divide

@@ -15,7 +15,7 @@ from torch import Tensor
 from selfsight import encoders
 from selfsight.collective import Collective
 from selfsight.errors import UserError, check_range
-from selfsight.objectives.base import Objective, Outcome, Progress, multi_crop
+from selfsight.objectives.base import Objective, Outcome, Progress, freeze_final_bias, multi_crop
 from selfsight.recipe import EncoderConfig
 from selfsight.viewspec import CropSpec, ViewSpec
 
@@ -56,6 +56,7 @@ class LeJEPA(Objective):
         self.config = c = _checked(config)
         self.collective = collective or Collective()
         self.student = encoders.build(encoder)
+        freeze_final_bias(self.student)
         dims = [self.student.embed_dim, *[c.hidden_dim] * (c.head_layers - 1), c.out_dim]
         self.projector = encoders.MLP(dims, self.collective)
 

@@ -16,7 +16,15 @@ from selfsight import encoders
 from selfsight.collective import Collective
 from selfsight.encoders.positions import sincos_table
 from selfsight.errors import UserError, check_range
-from selfsight.objectives.base import Objective, Outcome, PairConfig, Progress, cosine_momentum, pair_features
+from selfsight.objectives.base import (
+    Objective,
+    Outcome,
+    PairConfig,
+    Progress,
+    cosine_momentum,
+    freeze_final_bias,
+    pair_features,
+)
 from selfsight.recipe import EncoderConfig
 from selfsight.viewspec import ViewSpec
 
@@ -44,6 +52,7 @@ class MoCoV3(Objective):
         if not config.temperature > 0:
             raise UserError("objective.temperature should be above 0")
         self.student = encoders.build(encoder)
+        freeze_final_bias(self.student)
         self._initialise(self.student, self.student.table_grid[0])
         self.student.vit.patch_embed.requires_grad_(not config.freeze_patch_embed)
         self.student_projector = self._projector()

@@ -18,7 +18,7 @@ from selfsight import encoders
 from selfsight.collective import Collective
 from selfsight.errors import UserError, check_range
 from selfsight.losses import sinkhorn_knopp
-from selfsight.objectives.base import Objective, Outcome, Progress
+from selfsight.objectives.base import Objective, Outcome, Progress, freeze_final_bias
 from selfsight.recipe import EncoderConfig
 from selfsight.viewspec import CropSpec, NoiseSpec, ViewSpec
 
@@ -61,6 +61,7 @@ class MSN(Objective):
         self.config = c = _checked(config)
         self.collective = collective or Collective()
         self.student = encoders.build(encoder)
+        freeze_final_bias(self.student)
         self.student_head = self._head()
         self.teacher = encoders.build(encoder, drop_path=False)
         self.teacher_head = self._head()

@@ -14,7 +14,7 @@ from torch import Tensor
 from selfsight import encoders
 from selfsight.collective import Collective
 from selfsight.errors import UserError, check_range
-from selfsight.objectives.base import Objective, Outcome, PairConfig, Progress, pair_features
+from selfsight.objectives.base import Objective, Outcome, PairConfig, Progress, freeze_final_bias, pair_features
 from selfsight.recipe import EncoderConfig
 from selfsight.viewspec import ViewSpec
 
@@ -47,6 +47,7 @@ class SimCLR(Objective):
         if not config.temperature > 0:
             raise UserError("objective.temperature should be above 0")
         self.student = encoders.build(encoder)
+        freeze_final_bias(self.student)
         self.student.vit.patch_embed.requires_grad_(not config.freeze_patch_embed)
         hidden = [config.hidden_dim] * (config.projection_layers - 1)
         self.projector = encoders.MLP([self.student.embed_dim, *hidden, config.out_dim], self.collective, last_bn=True)

@@ -18,7 +18,7 @@ from selfsight import encoders
 from selfsight.collective import Collective
 from selfsight.errors import UserError, check_range
 from selfsight.losses import sinkhorn_knopp
-from selfsight.objectives.base import Objective, Outcome, ParameterRule, Progress, multi_crop
+from selfsight.objectives.base import Objective, Outcome, ParameterRule, Progress, freeze_final_bias, multi_crop
 from selfsight.recipe import EncoderConfig
 from selfsight.viewspec import CropSpec, ViewSpec
 
@@ -60,7 +60,8 @@ class SwAV(Objective):
         self.config = c = _checked(config)
         self.collective = collective or Collective()
         self.student = encoders.build(encoder)
-        self.projector = encoders.MLP([self.student.embed_dim, c.hidden_dim, c.out_dim], self.collective, bias=True)
+        freeze_final_bias(self.student)
+        self.projector = encoders.MLP([self.student.embed_dim, c.hidden_dim, c.out_dim], self.collective)
         self.prototypes = nn.Parameter(nn.Linear(c.out_dim, c.nmb_prototypes, bias=False).weight.detach())  # C, (K, D)
         self.register_buffer("queue", torch.zeros(2, c.queue_length, c.out_dim))  # newest first, equal on all ranks
         self._pending: list[Tensor] = []  # (2, n, D): what this step's micro-batches will add to it
