@@ -17,7 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from selfsight.errors import UserError
 
-PATHS = ("corpus", "selection", "output")  # taken as they are typed: a folder may be called 007, 1e3 or 2024-01-01
+# Taken as they are typed: a folder may be called 007, 1e3 or 2024-01-01.
+PATHS = ("corpus", "selection", "output", "weights")
 
 
 @dataclass
@@ -97,6 +98,8 @@ class Recipe:
     mixture: list[PartConfig] = field(default_factory=list)  # several corpora, instead of `corpus` and `selection`
     unindexed: UnindexedConfig = field(default_factory=UnindexedConfig)  # shards without an index, instead of both
     output: str | None = None  # run folder; training needs it
+    weights: str | None = None  # start from these: an export (its encoder), a run or a checkpoint (all); null = anew
+    weights_sha256: str | None = None  # of their file; null = whatever it is
     seed: int = 0
     batch_size: int = 256  # global: over all ranks and micro-batches
     epochs: float = 100.0

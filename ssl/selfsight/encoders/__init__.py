@@ -2,7 +2,7 @@
 
 from selfsight.encoders.build import build, model_args
 from selfsight.encoders.encoder import Encoder, Tokens
-from selfsight.encoders.frozen import Frozen, read_frozen
+from selfsight.encoders.frozen import Frozen, read_checkpoint_encoder, read_frozen
 from selfsight.encoders.heads import MLP, BatchNorm, DINOHead
 from selfsight.encoders.positions import resize_patches
 from selfsight.encoders.statistics import feature_spread, rankme
@@ -18,6 +18,7 @@ __all__ = [
     "feature_spread",
     "model_args",
     "rankme",
+    "read_checkpoint_encoder",
     "read_frozen",
     "resize_patches",
 ]

@@ -37,9 +37,8 @@ def read_frozen(folder: str | Path) -> Frozen:
     neither, is damaged, or holds weights of another architecture than it says."""
     folder = Path(folder)
     if (folder / "state.json").is_file():
-        said = _json(folder / "state.json").get("encoder")
         tensors = _tensors(folder / "objective.safetensors")
-        encoder = _encoder(folder, said, _below(tensors, "teacher.vit."))
+        encoder = read_checkpoint_encoder(folder, tensors)
         head = _head(folder, _below(tensors, "teacher_head."))
         patch_head = _head(folder, _below(tensors, "teacher_patch_head.")) or head
     elif (folder / "config.json").is_file():
@@ -53,6 +52,12 @@ def read_frozen(folder: str | Path) -> Frozen:
         if module is not None:
             module.requires_grad_(False).eval()
     return Frozen(encoder, head, patch_head)
+
+
+def read_checkpoint_encoder(folder: Path, tensors: dict[str, Tensor]) -> Encoder:
+    """The teacher in a run's checkpoint, all of whose tensors are given, or the student where there is none."""
+    which = "teacher" if any(name.startswith("teacher.vit.") for name in tensors) else "student"
+    return _encoder(folder, _json(folder / "state.json").get("encoder"), _below(tensors, f"{which}.vit."))
 
 
 def _timm_encoder(folder: Path) -> dict[str, Any]:

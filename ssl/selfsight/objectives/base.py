@@ -162,6 +162,11 @@ class Objective(nn.Module, ABC):
     def parameter_rules(self) -> list[ParameterRule]:
         return []
 
+    def inherit(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The state to start with, given that of an earlier run, or the encoders' alone where only an export is given.
+        Students have their teachers' values in it. Here belongs what a later phase derives or leaves behind."""
+        return state
+
     def after_step(self) -> None:
         """Called once after the optimiser really moved: commits the batch statistics (a centre, say) that the forward
         passes of this step gathered, so that accumulation equals one large batch and a skipped step leaves no trace."""

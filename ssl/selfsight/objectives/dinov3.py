@@ -141,11 +141,25 @@ class DINOv3(DINOv2):
             self.gram_teacher.load_state_dict(self.teacher.state_dict())
             self.copies = due
 
+    def inherit(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The gram teacher begins as the EMA teacher of the earlier phase, whose own one has done its work; a norm for
+        the local crops that was not there begins as that of the global ones."""
+        state = {name: x for name, x in state.items() if not name.startswith("gram_teacher.")}
+        if self.local_norm is not None:
+            state = _renamed(state, "student.vit.norm.", "local_norm.") | state
+        if self.gram_teacher is not None:
+            state |= _renamed(state, "teacher.", "gram_teacher.")
+        return {**state, "_extra_state": torch.tensor(self.copies_due(0), device="cpu")}
+
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.copies, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         self.copies = int(state)
+
+
+def _renamed(state: dict[str, Tensor], old: str, new: str) -> dict[str, Tensor]:
+    return {new + name.removeprefix(old): x for name, x in state.items() if name.startswith(old)}
 
 
 def _checked(c: DINOv3Config) -> DINOv3Config:

@@ -16,7 +16,7 @@ from selfsight.training import optim, schedules
 from selfsight.weights.run import FREE
 
 # Keys that a continued run takes from its first part when they are null now.
-SETTLED = ("stream.lanes", "training.precision")
+SETTLED = ("stream.lanes", "training.precision", "weights_sha256")
 LEAST = {
     "batch_size": 1,
     "stream.lanes": 1,
@@ -94,6 +94,10 @@ def compare(recipe: Recipe, path: Path) -> None:
     """Raises UserError naming the keys in which the recipe at `path` differs, but for the `FREE` ones: the corpus is
     compared by its id, not by where it lies."""
     old, new = _flat(load(str(path)).to_dict()), _flat(recipe.to_dict())
+    if recipe.weights and old.get("weights_sha256") is None:
+        raise UserError(
+            f"{path.parent} was begun without weights={recipe.weights}: give another output, or leave it out"
+        )
     differ = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k not in FREE]
     if differ:
         changes = ", ".join(f"{k} was {old.get(k)} and is {new.get(k)}" for k in differ)

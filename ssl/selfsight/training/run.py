@@ -24,6 +24,7 @@ from selfsight.training.account import Account
 from selfsight.training.cluster import Cluster
 from selfsight.training.engine import Engine
 from selfsight.training.feed import names_images, open_feed
+from selfsight.training.inherit import inherit, read_source
 from selfsight.training.interrupts import Interrupts
 from selfsight.training.log import Log
 from selfsight.training.loop import Loop
@@ -59,11 +60,13 @@ class _Run:
         self.steps_per_epoch = self.feed.n // recipe.batch_size
         self.total_steps = max(1, round(recipe.epochs * self.steps_per_epoch))
         self.checkpoint = checkpoint.newest(self.path)
-        self.start, delivered = 0, []
+        self.start, delivered, self.inherited = 0, [], None
         if self.checkpoint:
             state = read_state(self.checkpoint)
             checkpoint.check(self.checkpoint, state, self._state(0))
             self.start, delivered = state["step"], state["delivered"]
+        elif recipe.weights:
+            self.inherited = self._inherit(recipe.weights)
         views = Views(self.objective.views(), seed=recipe.seed)
         self.loader = self.feed.loader(
             views, run=self.path, cluster=cluster, start_step=self.start, total_steps=self.total_steps
@@ -88,6 +91,18 @@ class _Run:
         kind = objectives.find(self.recipe.objective_name)
         config = kind.Config(**{k: v for k, v in self.recipe.objective.items() if k != "name"})
         return kind(config, self.recipe.encoder, self.cluster.collective())
+
+    def _inherit(self, weights: str) -> str:
+        """Starts from the weights of an earlier run and notes their digest; a run that continues has its own."""
+        source = read_source(weights)
+        if self.recipe.weights_sha256 is None:
+            self.recipe.set("weights_sha256", source.digest, f"of {source.path}")
+        elif self.recipe.weights_sha256 != source.digest:
+            raise UserError(
+                f"{source.path} has other weights (sha256 {source.digest[:12]}…) than weights_sha256 says "
+                f"({self.recipe.weights_sha256[:12]}…): give another folder, or another output"
+            )
+        return inherit(self.objective, source)
 
     def _state(self, step: int) -> dict[str, Any]:
         """state.json of a checkpoint at `step`."""
@@ -154,6 +169,8 @@ class _Run:
         recipe, ranks = self.recipe, self.cluster.world_size
         one, several = ("GPU", "GPUs") if self.cluster.device.type == "cuda" else ("CPU process", "CPU processes")
         begin = f"continues from step {self.start}" if self.start else "starts"
+        if self.inherited:
+            begin += f" with {self.inherited}"
         say(
             f"{self.path} {begin}: {recipe.objective_name} with {recipe.encoder.name} on {self.feed.n} images, "
             f"{self.total_steps} steps of {recipe.batch_size}, {ranks} {several if ranks > 1 else one}, "

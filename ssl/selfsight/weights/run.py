@@ -14,6 +14,7 @@ STATE_SCHEMA = 1
 # Keys of a recipe that change nothing about what is learnt: they may differ when a run goes on.
 FREE = (
     *("corpus", "selection", "mixture", "unindexed.shards", "output"),  # what they hold is in the corpus id
+    "weights",  # likewise in weights_sha256
     *(
         "stream.workers",
         "stream.crops",
