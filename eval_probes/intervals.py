@@ -1,6 +1,8 @@
-"""How sure a figure is: Wilson's score interval for a proportion (1927), honest near 0 and 1 and for small n."""
+"""How sure a figure is: Wilson's score interval for a proportion (1927), the bootstrap's for a mean, paired tests."""
 
 import math
+
+import numpy as np
 
 Z95 = 1.959963984540054  # the 97.5 % quantile of the normal distribution
 
@@ -14,3 +16,42 @@ def wilson(k: int, n: int, z: float = Z95) -> tuple[float, float]:
     half = z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
     # At k = 0 and k = n the ends are exactly 0 and 1; rounding would leave 1e-17 there.
     return (0.0 if k == 0 else centre - half), (1.0 if k == n else centre + half)
+
+
+def bootstrap(values: np.ndarray, statistic=np.mean, *, rounds: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile interval of `statistic` over resamples of the first axis of `values` (n, …) (Efron 1979)."""
+    generator = np.random.default_rng(seed)
+    found = [statistic(values[generator.integers(0, len(values), len(values))]) for _ in range(rounds)]
+    low, high = np.quantile(found, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
+    """Two-sided exact p of McNemar's test (1947) that two answers to the same n questions are right equally often.
+
+    `a`, `b`: bool (n,), whether each was right. Only questions on which they differ count: a sign test on those.
+    """
+    more, less = int((a & ~b).sum()), int((b & ~a).sum())
+    n, k = more + less, min(more, less)
+    if n == 0:
+        return 1.0
+    # log of the binomial tail, so that ten thousand questions do not overflow
+    logs = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) - n * math.log(2) for i in range(k + 1)]
+    largest = max(logs)
+    return min(1.0, 2 * math.exp(largest) * sum(math.exp(x - largest) for x in logs))
+
+
+def sign_flips(a: np.ndarray, b: np.ndarray, *, rounds: int = 10_000, seed: int = 0) -> float:
+    """Two-sided p that paired values have the same mean, by flipping the signs of their differences at random (Fisher).
+
+    `a`, `b`: float (n,).
+    """
+    difference = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
+    observed = abs(difference.sum())
+    generator = np.random.default_rng(seed)
+    tolerance = 1e-12 * np.abs(difference).sum()
+    extreme = 0
+    for start in range(0, rounds, 256):
+        signs = generator.integers(0, 2, (min(256, rounds - start), len(difference)), dtype=np.int8) * 2 - 1
+        extreme += int((np.abs(signs @ difference) >= observed - tolerance).sum())
+    return (extreme + 1) / (rounds + 1)

@@ -6,33 +6,41 @@ overflows; equal similarities are ranked by index, so that a score does not depe
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from eval_probes.features import Features, check_pair, pick_device
-from eval_probes.protocol import Protocol
-from eval_probes.results import Score, accuracy_score
+from eval_probes.bench import Bench
+from eval_probes.features import Features, check_pair
+from eval_probes.protocol import FeatureProtocol
+from eval_probes.results import Score, score_of
+from eval_probes.subject import pick_device
 from selfsight.errors import UserError
 
 ELEMENTS = 1 << 26  # of one block of similarities: 256 MB in float32
 
 
 @dataclass(frozen=True)
-class KNN(Protocol):
+class KNN(FeatureProtocol):
     """DINO's numbers. `k` is the one reported; the others stand in the details."""
 
-    name = "knn"
+    kind = "knn"
     ks: tuple[int, ...] = (10, 20, 100, 200)
     k: int = 20
     temperature: float = 0.07
 
     def __post_init__(self) -> None:
-        if min(self.ks) < 1 or self.k not in self.ks:
-            raise UserError(f"k={self.k} must be one of the positive ks {self.ks}")
+        super().__post_init__()
+        if min(self.ks) < 1 or self.k < 1:
+            raise UserError(f"k={self.k} and ks={self.ks} must be positive")
         if not self.temperature > 0:
             raise UserError(f"the temperature must be positive, not {self.temperature}")
+        if self.k not in self.ks:
+            object.__setattr__(self, "ks", tuple(sorted({*self.ks, self.k})))
+
+    def run(self, bench: Bench) -> list[Score]:
+        train, test = bench.pair(self)
+        return [evaluate(train, test, self, device=bench.how.device)]
 
 
 def neighbours(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -97,20 +105,25 @@ def classify(bank: Tensor, bank_labels: Tensor, queries: Tensor, n_classes: int,
 
 def evaluate(train: Features, test: Features, protocol: KNN | None = None, *, device: str | None = None) -> Score:
     """Accuracy on `test` with `train` as the bank. Raises UserError for a pair that means nothing: see `check_pair`."""
-    protocol = protocol or KNN()
+    protocol = protocol or PRESETS["knn"]
     n_classes = check_pair(train, test)
     place = pick_device(device)
-    bank, queries = (torch.from_numpy(np.asarray(f.X)).to(place) for f in (train, test))
-    bank_labels, labels = (torch.from_numpy(np.asarray(f.y)).to(place) for f in (train, test))
-    scores = classify(bank, bank_labels, queries, n_classes, protocol)
-    correct = {k: int((s.argmax(dim=1) == labels).sum()) for k, s in scores.items()}
+    labels = test.labels(place)
+    scores = classify(train.tensor(place), train.labels(place), test.tensor(place), n_classes, protocol)
+    right = {k: s.argmax(dim=1) == labels for k, s in scores.items()}
     details = {
         "k": protocol.k,
         "temperature": protocol.temperature,
-        "top1": {str(k): c / test.n for k, c in correct.items()},
+        "top1": {str(k): float(r.float().mean()) for k, r in right.items()},
         "n_train": train.n,
         "n_classes": n_classes,
+        "features": test.describe(),
     }
     if n_classes > 5:
         details["top5"] = {str(k): top5_correct(s, labels) / test.n for k, s in scores.items()}
-    return accuracy_score("knn", correct[protocol.k], train, test, protocol, details)
+    items = right[protocol.k].cpu().numpy()
+    return score_of("top1", items, protocol, test.subject, train=train.corpus_id, test=test.corpus_id, details=details)
+
+
+# DINO and DINOv2 name the same numbers; their votes differ by a factor per query, which ranks no class differently.
+PRESETS = {name: KNN(name) for name in ("knn", "dino-knn", "dinov2-knn")}

@@ -13,18 +13,20 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from eval_probes.features import Features, check_pair, pick_device
-from eval_probes.protocol import Protocol
-from eval_probes.results import Score, accuracy_score
+from eval_probes.bench import Bench
+from eval_probes.features import Features, check_pair
+from eval_probes.protocol import FeatureProtocol
+from eval_probes.results import Score, score_of
+from eval_probes.subject import pick_device
 from selfsight.console import progress
 from selfsight.errors import UserError
 
 
 @dataclass(frozen=True)
-class Linear(Protocol):
+class Linear(FeatureProtocol):
     """Features are standardised by the training images' statistics, which lets one grid serve encoders of any scale."""
 
-    name = "linear"
+    kind = "linear"
     lrs: tuple[float, ...] = tuple(float(f"{10 ** (i / 3):.3g}") for i in range(-12, 1))  # 1e-4 … 1
     batch_size: int = 512
     epochs: int = 20
@@ -35,8 +37,13 @@ class Linear(Protocol):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.lrs or min(self.lrs) <= 0 or self.batch_size < 1 or not 0 < self.held_out < 1:
             raise UserError("a linear probe needs positive learning rates, a batch size and 0 < held_out < 1")
+
+    def run(self, bench: Bench) -> list[Score]:
+        train, test = bench.pair(self)
+        return [evaluate(train, test, self, device=bench.how.device)]
 
     def steps(self, n: int) -> int:
         return max(self.min_steps, self.epochs * math.ceil(n / self.batch_size))
@@ -113,49 +120,53 @@ def standardise(fit: Tensor, *others: Tensor) -> list[Tensor]:
     return [(x - mean) * scale for x in (fit, *others)]
 
 
-def correct(heads: Heads, X: Tensor, y: Tensor, top: int = 1) -> list[int]:
-    """How many of y each head has among its `top` best; a head that diverged has none."""
-    counts = torch.zeros(len(heads.bias), dtype=torch.long)
+def right_ones(heads: Heads, X: Tensor, y: Tensor, top: int = 1) -> Tensor:
+    """bool (H, N): whether y is among each head's `top` best; a head that diverged has none right."""
+    found = []
     for x, target in zip(X.split(8192), y.split(8192), strict=True):
         logits = heads.logits(x)
         own = logits.gather(2, target.view(1, -1, 1).expand(len(logits), -1, 1))
         # Equal logits count against the head: a constant one has no answer.
-        hit = (logits >= own).sum(dim=2) <= top
-        counts += (hit & logits.isfinite().all(dim=2)).sum(dim=1).cpu()
-    return counts.tolist()
+        found.append(((logits >= own).sum(dim=2) <= top) & logits.isfinite().all(dim=2))
+    return torch.cat(found, dim=1)
 
 
 def evaluate(train: Features, test: Features, protocol: Linear | None = None, *, device: str | None = None) -> Score:
     """Accuracy on `test` of the probe chosen and trained on `train`. Raises UserError as `check_pair` does."""
-    protocol = protocol or Linear()
+    protocol = protocol or PRESETS["linear"]
     n_classes = check_pair(train, test)
     place = pick_device(device)
     assert train.y is not None
     fit, held = hold_out(train.y, protocol.held_out, protocol.seed)
     if len(held) == 0:
         raise UserError(f"{train.corpus} has one image per class: a probe needs two to choose its learning rate")
-    X, X_test = (torch.from_numpy(np.asarray(f.X)).to(place) for f in (train, test))
-    y, y_test = (torch.from_numpy(np.asarray(f.y)).to(place) for f in (train, test))
+    X, y = train.tensor(place), train.labels(place)
     rows_fit, rows_held = torch.from_numpy(fit).to(place), torch.from_numpy(held).to(place)
 
     X_fit, X_held = standardise(X[rows_fit], X[rows_held])
     grid = train_heads(X_fit, y[rows_fit], n_classes, protocol, label="linear probe: learning rates")
-    right = correct(grid, X_held, y[rows_held])
-    best = int(np.argmax(right))  # the smallest learning rate among equals
+    accuracy = right_ones(grid, X_held, y[rows_held]).float().mean(dim=1).tolist()
+    best = int(np.argmax(accuracy))  # the smallest learning rate among equals
     del X_fit, X_held
 
-    X, X_test = standardise(X, X_test)
+    X, X_test = standardise(X, test.tensor(place))
     chosen = replace(protocol, lrs=(protocol.lrs[best],))
     head = train_heads(X, y, n_classes, chosen, label="linear probe: chosen head")
+    y_test = test.labels(place)
     details = {
         "lr": protocol.lrs[best],
-        "held_out_accuracy": right[best] / len(held),
-        "held_out_by_lr": {f"{lr:g}": r / len(held) for lr, r in zip(protocol.lrs, right, strict=True)},
-        "train_accuracy": correct(head, X, y)[0] / train.n,
+        "held_out_accuracy": accuracy[best],
+        "held_out_by_lr": {f"{lr:g}": a for lr, a in zip(protocol.lrs, accuracy, strict=True)},
+        "train_accuracy": float(right_ones(head, X, y).float().mean()),
         "steps": protocol.steps(train.n),
         "n_train": train.n,
         "n_classes": n_classes,
+        "features": test.describe(),
     }
     if n_classes > 5:
-        details["top5"] = correct(head, X_test, y_test, top=5)[0] / test.n
-    return accuracy_score("linear", correct(head, X_test, y_test)[0], train, test, protocol, details)
+        details["top5"] = float(right_ones(head, X_test, y_test, top=5).float().mean())
+    items = right_ones(head, X_test, y_test)[0].cpu().numpy()
+    return score_of("top1", items, protocol, test.subject, train=train.corpus_id, test=test.corpus_id, details=details)
+
+
+PRESETS = {"linear": Linear()}

@@ -5,29 +5,34 @@ parameters, one linear layer, LARS. Without the random crops of the original, wh
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from eval_probes.features import Features, check_pair, pick_device
+from eval_probes.bench import Bench
+from eval_probes.features import Features, check_pair
 from eval_probes.linear import batches
-from eval_probes.protocol import Protocol
-from eval_probes.results import Score, accuracy_score
+from eval_probes.protocol import FeatureProtocol
+from eval_probes.results import Score, score_of
+from eval_probes.subject import pick_device
 from selfsight.console import progress
 
 
 @dataclass(frozen=True)
-class MAELinprobe(Protocol):
+class MAELinprobe(FeatureProtocol):
     """MAE's numbers for ViT-B. The learning rate is base_lr · batch / 256 with the batch that the corpus fills."""
 
-    name = "mae-linprobe"
+    kind = "mae-linprobe"
     base_lr: float = 0.1
     batch_size: int = 16384
     epochs: int = 90
     warmup_epochs: int = 10
     weight_decay: float = 0.0
     seed: int = 0
+
+    def run(self, bench: Bench) -> list[Score]:
+        train, test = bench.pair(self)
+        return [evaluate(train, test, self, device=bench.how.device)]
 
 
 class LinprobeHead(nn.Sequential):
@@ -57,11 +62,10 @@ def evaluate(
     """Accuracy on `test` after the last epoch. Raises UserError as `check_pair` does."""
     from selfsight.training.lars import LARS  # its package pulls in the whole trainer
 
-    protocol = protocol or MAELinprobe()
+    protocol = protocol or PRESETS["mae-linprobe"]
     n_classes = check_pair(train, test)
     place = pick_device(device)
-    X, X_test = (torch.from_numpy(np.asarray(f.X)).to(place) for f in (train, test))
-    y, y_test = (torch.from_numpy(np.asarray(f.y)).to(place) for f in (train, test))
+    X, y = train.tensor(place), train.labels(place)
     batch = min(protocol.batch_size, train.n)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(protocol.seed)
@@ -79,11 +83,14 @@ def evaluate(
             bar.advance()
     head.eval()
     with torch.inference_mode():
-        ranks = torch.cat([_ranks(head(x), t) for x, t in zip(X_test.split(8192), y_test.split(8192), strict=True)])
-    details = {"lr": lr, "steps": total, "n_train": train.n, "n_classes": n_classes}
+        pairs = zip(test.tensor(place).split(8192), test.labels(place).split(8192), strict=True)
+        ranks = torch.cat([_ranks(head(x), t) for x, t in pairs]).cpu().numpy()
+    details = {"lr": lr, "steps": total, "n_train": train.n, "n_classes": n_classes, "features": test.describe()}
     if n_classes > 5:
-        details["top5"] = int((ranks < 5).sum()) / test.n
-    return accuracy_score("linear", int((ranks < 1).sum()), train, test, protocol, details)
+        details["top5"] = float((ranks < 5).mean())
+    return score_of(
+        "top1", ranks < 1, protocol, test.subject, train=train.corpus_id, test=test.corpus_id, details=details
+    )
 
 
 def schedule(epoch: float, protocol: MAELinprobe) -> float:
@@ -97,3 +104,6 @@ def schedule(epoch: float, protocol: MAELinprobe) -> float:
 def _ranks(logits: Tensor, y: Tensor) -> Tensor:
     """How many classes are put before the right one, or level with it: (B,)."""
     return (logits >= logits.gather(1, y[:, None])).sum(dim=1) - 1
+
+
+PRESETS = {"mae-linprobe": MAELinprobe()}

@@ -1,8 +1,10 @@
 """From tokens to one feature vector per image, as the published linear probes build it."""
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -34,6 +36,40 @@ class Pooling:
     def blocks(self) -> int:
         """How many blocks' tokens are looked at."""
         return max(1, self.n_last_blocks)
+
+    @property
+    def stored(self) -> "Pooling":
+        """What is kept of it: the same tokens, one after the other."""
+        return replace(self, interleave=False)
+
+    @property
+    def tag(self) -> str:
+        """A name for it, of letters and digits; `from_tag` reads it."""
+        return f"cls{self.n_last_blocks}{'avg' if self.avgpool else ''}"
+
+    @classmethod
+    def from_tag(cls, tag: str) -> "Pooling | None":
+        found = re.fullmatch(r"cls(\d+)(avg)?", tag)
+        return cls(int(found[1]), bool(found[2])) if found else None
+
+    def width(self, embed_dim: int) -> int:
+        """Of a feature."""
+        return embed_dim * (self.n_last_blocks + self.avgpool)
+
+    def covers(self, other: "Pooling") -> bool:
+        """Whether all tokens of `other` are among its own."""
+        return self.n_last_blocks >= other.n_last_blocks and self.avgpool >= other.avgpool
+
+    def __or__(self, other: "Pooling") -> "Pooling":
+        """The smallest that covers both."""
+        return Pooling(max(self.n_last_blocks, other.n_last_blocks), self.avgpool or other.avgpool)
+
+    def take(self, features: np.ndarray, of: "Pooling") -> np.ndarray:
+        """Its features out of those (N, D') that `of`, which covers it, has stored; a view where it can be one."""
+        embed_dim = features.shape[1] // (of.n_last_blocks + of.avgpool)
+        first = (of.n_last_blocks - self.n_last_blocks) * embed_dim
+        found = features[:, first : first + self.width(embed_dim)]
+        return rearrange(found, "n (two d) -> n (d two)", two=2) if self.interleave else found
 
     def __call__(self, tokens: Sequence[Tokens]) -> Tensor:
         """`tokens` of the last blocks after the final norm, oldest first, at least `blocks` of them → (B, D')."""

@@ -1,20 +1,129 @@
-"""A protocol is a frozen dataclass: every number that decides a score. Its digest goes with the score."""
+"""A protocol is a frozen dataclass: every number that decides a score. Its digest goes with the score.
 
+Named protocols stand in `PRESETS` of the module that computes them; `find` knows which module that is without loading
+the others.
+"""
+
+import difflib
 import hashlib
 import json
-from dataclasses import asdict, dataclass
-from typing import ClassVar
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, fields, replace
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import yaml
+
+from selfsight.errors import UserError
+
+if TYPE_CHECKING:
+    from eval_probes.bench import Bench
+    from eval_probes.pooling import Pooling
+    from eval_probes.results import Score
+
+# Name of a protocol → (the module whose PRESETS has it, what it is in a few words).
+MODULES = {
+    "knn": ("eval_probes.knn", "weighted k-nearest-neighbour vote"),
+    "dino-knn": ("eval_probes.knn", "DINO's vote: k = 20, T = 0.07"),
+    "dinov2-knn": ("eval_probes.knn", "DINOv2's: the same numbers, and the same ranking"),
+    "linear": ("eval_probes.linear", "linear probe, learning rate chosen on held-out training images"),
+    "mae-linprobe": ("eval_probes.linprobe", "MAE's linear probe: batch norm and LARS, 90 epochs"),
+}
 
 
 @dataclass(frozen=True)
-class Protocol:
+class Protocol(ABC):
     """Base of all protocols. `version` rises when the code computes something else from the same numbers."""
 
-    name: ClassVar[str]
+    kind: ClassVar[str]  # what is computed: knn, linear, …
     version: ClassVar[int] = 1
+    name: str = ""  # of the preset it is, or was made from; else the kind
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            object.__setattr__(self, "name", self.kind)  # how a frozen dataclass sets its own fields
+
+    @abstractmethod
+    def run(self, bench: "Bench") -> "list[Score]":
+        """Its scores, the one that stands for it first. Raises UserError where they would mean nothing."""
+
+    def poolings(self) -> "list[Pooling]":
+        """The features that it will ask for, so that several protocols can be served by one pass over the images."""
+        return []
 
     @property
     def digest(self) -> str:
-        """sha256 of name, version and every field."""
-        said = {"name": self.name, "version": self.version, **asdict(self)}
+        """sha256 of kind, version and every field but the name, which decides nothing."""
+        said = {**self.numbers(), "kind": self.kind, "version": self.version}
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+    def numbers(self) -> dict[str, Any]:
+        """Every field that decides a score, JSON-able."""
+        said = {key: value for key, value in asdict(self).items() if key != "name"}
+        return json.loads(json.dumps(said))
+
+    def override(self, assignments: list[str]) -> Self:
+        """With the values of `key=value` strings. Raises UserError for an unknown key or a value of another kind."""
+        known = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "name"}
+        changed = {}
+        for assignment in assignments:
+            key, sign, text = assignment.partition("=")
+            if not sign or key not in known:
+                near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]}?" if near else f"its keys are {', '.join(known)}"
+                raise UserError(f"{self.name} has no key {assignment!r}: {hint}" if sign else f"give {key}=VALUE")
+            changed[key] = _like(known[key], text, key)
+        return replace(self, **changed)
+
+
+@dataclass(frozen=True)
+class FeatureProtocol(Protocol):
+    """A protocol on one feature vector per image."""
+
+    n_last_blocks: int = 1  # this and the next two: see `Pooling`
+    avgpool: bool = False
+    interleave: bool = False
+    resize: int | None = None  # shorter side before the crop, pixels; None: as the weights say
+
+    @property
+    def pooling(self) -> "Pooling":
+        from eval_probes.pooling import Pooling
+
+        return Pooling(self.n_last_blocks, self.avgpool, self.interleave)
+
+    def poolings(self) -> "list[Pooling]":
+        return [self.pooling]
+
+
+def find(name: str) -> Protocol:
+    """The protocol called `name`. Raises UserError, naming the nearest, when there is none."""
+    if name not in MODULES:
+        near = difflib.get_close_matches(name, MODULES, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(MODULES)}"
+        raise UserError(f"there is no protocol {name!r}: {hint}")
+    return import_module(MODULES[name][0]).PRESETS[name]
+
+
+def _like(old: Any, text: str, key: str) -> Any:
+    """`text` as a value of the kind that `old` is."""
+    try:
+        value = yaml.safe_load(text)
+        if isinstance(old, tuple):
+            inner = old[0] if old else 0.0
+            items = value if isinstance(value, list) else [value]
+            return tuple(_kept(inner, item) for item in items)
+        return _kept(old, value)
+    except (yaml.YAMLError, TypeError, ValueError):
+        raise UserError(f"{key}={text} should be like {old!r}") from None
+
+
+def _kept(old: Any, value: Any) -> Any:
+    if old is None or value is None:
+        if old is not None:
+            raise TypeError
+        return value
+    if isinstance(old, float) and isinstance(value, int | str) and not isinstance(value, bool):
+        return float(value)  # YAML 1.1 takes 1e-3 for a string
+    if type(value) is not type(old):
+        raise TypeError
+    return value

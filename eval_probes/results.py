@@ -1,7 +1,11 @@
-"""Scores and where they are kept: one SQLite row per score, appended and never changed, by any number of writers."""
+"""Scores and where they are kept: one SQLite row per score, appended and never changed, by any number of writers.
+
+A score carries what it was worth on every test item, so that it can be held against another's by a paired test.
+"""
 
 import json
 import sqlite3
+import zlib
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -9,55 +13,129 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from eval_probes.features import Features
-from eval_probes.intervals import wilson
+import numpy as np
+
+from eval_probes.intervals import bootstrap, mcnemar, sign_flips, wilson
 from eval_probes.protocol import Protocol
+from eval_probes.subject import Subject
 from selfsight.errors import UserError
 
-SCHEMA = 1
+SCHEMA = 2
 WAIT = 60.0  # seconds a writer waits for others
+BITS, FLOATS = b"b", b"f"  # how the items of a score are packed
 
 
 @dataclass(frozen=True)
 class Score:
     """One figure, how sure it is, and what it was measured on and how."""
 
-    metric: str  # knn, linear
-    value: float  # top-1 accuracy, 0–1
-    n: int  # test images
-    low: float  # 95 % interval of `value`
-    high: float
+    metric: str  # top1, mAP, pck, rankme, …
+    value: float  # proportions as 0–1
+    n: int  # test items
+    low: float | None  # 95 % interval of `value`; None where none can be given
+    high: float | None
     protocol: str
     protocol_digest: str
     weights: str  # path, or "pixels"
     weights_digest: str
-    train_corpus: str  # corpus ids
-    test_corpus: str
+    train_corpus: str | None  # corpus ids
+    test_corpus: str | None
+    unit: str = "%"  # % for proportions, else px, … or nothing
+    better: str = "higher"  # or lower, or none
     details: dict[str, Any] = field(default_factory=dict)  # JSON-able: k, chosen lr, top-5, step of the weights, …
+    items: np.ndarray | None = field(default=None, repr=False, compare=False)  # bool or float32 (n,), by test item
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """JSON-able, without the items."""
+        return {k: v for k, v in asdict(self).items() if k != "items"}
+
+    def said(self, digits: int = 2) -> str:
+        """The value in its unit with its interval and n: 45.50 % (95 % interval 43.34–47.67, n=2000)."""
+        value, low, high = (None if x is None else self._number(x, digits) for x in (self.value, self.low, self.high))
+        unit = f" {self.unit}" if self.unit else ""
+        sure = f"95 % interval {low}–{high}, " if low is not None else ""
+        return f"{value}{unit} ({sure}n={self.n})"
+
+    def _number(self, x: float, digits: int) -> str:
+        return f"{100 * x:.{digits}f}" if self.unit == "%" else f"{x:.{digits + 2}g}"
 
 
-def accuracy_score(
-    metric: str, correct: int, train: Features, test: Features, protocol: Protocol, details: dict[str, Any]
+def score_of(
+    metric: str,
+    items: np.ndarray,
+    protocol: Protocol,
+    subject: Subject,
+    *,
+    train: str | None,
+    test: str | None,
+    details: dict[str, Any] | None = None,
+    unit: str = "%",
+    better: str = "higher",
 ) -> Score:
-    """The Score of `correct` right answers on `test`."""
-    low, high = wilson(correct, test.n)
+    """The mean of `items` (n,) with its interval: Wilson's where they are bool, else a bootstrap's. `train` and `test`
+    are corpus ids."""
+    items = np.asarray(items)
+    kept = items if items.dtype == bool else items.astype(np.float32)
+    interval = wilson(int(kept.sum()), len(kept)) if kept.dtype == bool else bootstrap(kept)
+    value = float(np.mean(kept, dtype=np.float64))
+    return figure(
+        metric,
+        value,
+        len(kept),
+        protocol,
+        subject,
+        train=train,
+        test=test,
+        interval=interval,
+        details=details,
+        unit=unit,
+        better=better,
+        items=kept,
+    )
+
+
+def figure(
+    metric: str,
+    value: float,
+    n: int,
+    protocol: Protocol,
+    subject: Subject,
+    *,
+    train: str | None,
+    test: str | None,
+    interval: tuple[float, float] | None = None,
+    details: dict[str, Any] | None = None,
+    unit: str = "",
+    better: str = "none",
+    items: np.ndarray | None = None,
+) -> Score:
+    """A Score that is no mean over test items, or whose interval is known otherwise."""
     return Score(
         metric=metric,
-        value=correct / test.n,
-        n=test.n,
-        low=low,
-        high=high,
+        value=value,
+        n=n,
+        low=interval and interval[0],
+        high=interval and interval[1],
         protocol=protocol.name,
         protocol_digest=protocol.digest,
-        weights=test.weights,
-        weights_digest=test.weights_digest,
-        train_corpus=train.corpus_id,
-        test_corpus=test.corpus_id,
-        details={**details, "features": test.describe()},
+        weights=subject.name,
+        weights_digest=subject.digest,
+        train_corpus=train,
+        test_corpus=test,
+        unit=unit,
+        better=better,
+        details={**(details or {}), "protocol": protocol.numbers(), "weights": subject.meta},
+        items=items,
     )
+
+
+def paired_p(a: Score, b: Score) -> float | None:
+    """Two-sided p that both are worth the same on the items they share: McNemar's exact test for right and wrong,
+    random sign flips for values; None where they were not measured on the same items by the same protocol."""
+    same = (a.metric, a.protocol_digest, a.test_corpus, a.n) == (b.metric, b.protocol_digest, b.test_corpus, b.n)
+    if not same or a.items is None or b.items is None:
+        return None
+    return mcnemar(a.items, b.items) if a.items.dtype == bool else sign_flips(a.items, b.items)
 
 
 class ResultsStore:
@@ -68,20 +146,15 @@ class ResultsStore:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
-    def add(self, score: Score) -> int:
-        """Appends `score` and returns its row number. Raises UserError when the file is not a results store."""
-        values = {**score.to_dict(), "details": json.dumps(score.details, sort_keys=True)}
+    def add(self, *scores: Score) -> None:
+        """Appends `scores`, all of them or none. Raises UserError when the file is not a results store."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        insert = f"INSERT INTO scores (created, {', '.join(self.COLUMNS)}) VALUES (?{', ?' * len(self.COLUMNS)})"
         with self._open() as db, db:
             db.execute("BEGIN IMMEDIATE")
             _create(db, self.path)
-            row = db.execute(
-                f"INSERT INTO scores (created, {', '.join(self.COLUMNS)}) "
-                f"VALUES (?, {', '.join('?' * len(self.COLUMNS))})",
-                (datetime.now(UTC).isoformat(timespec="seconds"), *(values[c] for c in self.COLUMNS)),
-            )
-        assert row.lastrowid is not None
-        return row.lastrowid
+            db.executemany(insert, [(now, *_packed(score)) for score in scores])
 
     def rows(self) -> list[Score]:
         """Every score, oldest first."""
@@ -90,7 +163,15 @@ class ResultsStore:
         with self._open("ro") as db:
             _version(db, self.path)
             found = db.execute(f"SELECT {', '.join(self.COLUMNS)} FROM scores ORDER BY id").fetchall()
-        return [Score(**{**dict(zip(self.COLUMNS, row, strict=True)), "details": json.loads(row[-1])}) for row in found]
+        return [_unpacked(dict(zip(self.COLUMNS, row, strict=True))) for row in found]
+
+    def find(self, protocol: Protocol, subject: Subject, train: str | None, test: str | None) -> list[Score]:
+        """The scores that `protocol` gave `subject` on the corpora with these ids, of the last time it was run."""
+        wanted = (protocol.digest, subject.digest, train, test)
+        same = [
+            s for s in self.rows() if (s.protocol_digest, s.weights_digest, s.train_corpus, s.test_corpus) == wanted
+        ]
+        return list({score.metric: score for score in same}.values())
 
     @contextmanager
     def _open(self, mode: str = "rwc") -> Iterator[sqlite3.Connection]:
@@ -102,10 +183,30 @@ class ResultsStore:
             raise UserError(f"{self.path} cannot be used as a results store ({e}): choose another file") from e
 
 
+def _packed(score: Score) -> list[Any]:
+    values = {**score.to_dict(), "details": json.dumps(score.details, sort_keys=True), "items": None}
+    if score.items is not None:
+        bits = np.packbits(score.items) if score.items.dtype == bool else score.items.astype("<f4")
+        values["items"] = (BITS if score.items.dtype == bool else FLOATS) + zlib.compress(bits.tobytes())
+    return [values[column] for column in ResultsStore.COLUMNS]
+
+
+def _unpacked(row: dict[str, Any]) -> Score:
+    row["details"] = json.loads(row["details"])
+    if (blob := row["items"]) is not None:
+        data = zlib.decompress(blob[1:])
+        if blob[:1] == BITS:
+            row["items"] = np.unpackbits(np.frombuffer(data, np.uint8), count=row["n"]).astype(bool)
+        else:
+            row["items"] = np.frombuffer(data, "<f4")
+    return Score(**row)
+
+
 def _version(db: sqlite3.Connection, path: Path) -> int:
     version = db.execute("PRAGMA user_version").fetchone()[0]
-    if version > SCHEMA:
-        raise UserError(f"{path} was written by a newer selfsight (schema {version}): update selfsight")
+    if version not in (0, SCHEMA):
+        which = "a newer" if version > SCHEMA else "an older"
+        raise UserError(f"{path} was written by {which} selfsight (schema {version}): move it away, or use that one")
     return version
 
 
@@ -114,9 +215,9 @@ def _create(db: sqlite3.Connection, path: Path) -> None:
         return
     db.execute(
         "CREATE TABLE scores (id INTEGER PRIMARY KEY AUTOINCREMENT, created TEXT NOT NULL, metric TEXT NOT NULL, "
-        "value REAL NOT NULL, n INTEGER NOT NULL, low REAL NOT NULL, high REAL NOT NULL, protocol TEXT NOT NULL, "
-        "protocol_digest TEXT NOT NULL, weights TEXT NOT NULL, weights_digest TEXT NOT NULL, "
-        "train_corpus TEXT NOT NULL, test_corpus TEXT NOT NULL, details TEXT NOT NULL)"
+        "value REAL NOT NULL, n INTEGER NOT NULL, low REAL, high REAL, protocol TEXT NOT NULL, "
+        "protocol_digest TEXT NOT NULL, weights TEXT NOT NULL, weights_digest TEXT NOT NULL, train_corpus TEXT, "
+        "test_corpus TEXT, unit TEXT NOT NULL, better TEXT NOT NULL, details TEXT NOT NULL, items BLOB)"
     )
     for verb in ("UPDATE", "DELETE"):
         db.execute(

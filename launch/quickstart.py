@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
-from eval_probes import knn, linear
-from eval_probes.features import PIXELS, Features, extract
+from eval_probes.bench import Bench
+from eval_probes.extraction import How
+from eval_probes.protocol import FeatureProtocol, Protocol, find
 from eval_probes.report import build_report
 from eval_probes.results import ResultsStore, Score
+from eval_probes.subject import PIXELS
 from selfsight.console import say
 from selfsight.corpus import build, procedural, stats, verify
 from selfsight.corpus.pool import each
@@ -33,8 +33,7 @@ HELD_OUT = 0.2  # of one's own images
 BANK, TESTED = 10_000, 5_000  # images that the probes learn from and are tested on, at most
 PHOTO = 48  # pixels: where half of the images have a longer short side, training sees them at twice the size
 SMALL = 96  # pixels: the short side of the copies that training reads in place of photographs
-# Scores are printed to a tenth of a per cent: a thousand steps settle a linear probe that far on these features.
-LINEAR = linear.Linear(min_steps=1000, epochs=20)
+PROBES = ("knn", "linear")
 
 
 @dataclass(frozen=True)
@@ -258,8 +257,8 @@ def _short_side(corpus: Path) -> int:
 
 # What each method's features are: DINO trains its class token, MAE leaves it idle and fills its patches.
 POOLING = {
-    "dino": ({"n_last_blocks": 1, "avgpool": False}, "class token"),
-    "mae": ({"n_last_blocks": 0, "avgpool": True}, "mean patch token"),
+    "dino": (["n_last_blocks=1", "avgpool=false"], "class token"),
+    "mae": (["n_last_blocks=0", "avgpool=true"], "mean patch token"),
 }
 
 
@@ -268,14 +267,17 @@ def _rows(settings: Settings, run: Path, corpora: Corpora) -> Iterator[Row]:
     named = {"raw pixels": PIXELS, "untrained encoder": steps[0], "trained encoder": newest_export(run)}
     labelled = _labelled(corpora.bank)
     store = ResultsStore(run / "results.sqlite")
+    how = How(cache=str(settings.folder / "features"))
+    protocols = [find(name).override(POOLING[settings.objective][0]) for name in PROBES]
     for name, weights in named.items():
         if not labelled and weights is PIXELS:
             continue
-        features = [_features(settings, weights, corpus) for corpus in (corpora.bank, corpora.test)]
+        bench = Bench.open(weights, corpora.bank, corpora.test, how)
         if labelled:
-            yield Row(name, scores={metric: _score(store, metric, *features) for metric in ("knn", "linear")})
+            yield Row(name, scores={protocol.name: _score(store, protocol, bench) for protocol in protocols})
         else:
-            x = torch.from_numpy(features[1].X[:TESTED])
+            assert isinstance(protocols[0], FeatureProtocol)
+            x = bench.features(bench.need("test"), protocols[0].pooling).tensor()[:TESTED]
             yield Row(name, figures={"rankme": rankme(x).item(), "feature_spread": feature_spread(x).item()})
 
 
@@ -289,32 +291,12 @@ def _labelled(bank: Path) -> bool:
     return False
 
 
-def _features(settings: Settings, weights: str | Path, corpus: Path) -> Features:
-    # On images this small, starting processes takes longer than decoding.
-    return extract(
-        weights,
-        corpus,
-        **({} if weights is PIXELS else POOLING[settings.objective][0]),
-        cache=settings.folder / "features",
-        workers=None if _photographs(corpus) else 0,
-    )
-
-
-def _score(store: ResultsStore, metric: str, train: Features, test: Features) -> Score:
+def _score(store: ResultsStore, protocol: Protocol, bench: Bench) -> Score:
     """The score of an earlier call, or a new one that is kept."""
-    protocol = {"knn": knn.KNN(), "linear": LINEAR}[metric]
-    same = {
-        "metric": metric,
-        "protocol_digest": protocol.digest,
-        "weights_digest": test.weights_digest,
-        "train_corpus": train.corpus_id,
-        "test_corpus": test.corpus_id,
-    }
-    for score in store.rows():
-        if all(getattr(score, k) == v for k, v in same.items()) and score.details["features"] == test.describe():
-            return score
-    score = (
-        knn.evaluate(train, test, protocol) if isinstance(protocol, knn.KNN) else linear.evaluate(train, test, protocol)
-    )
-    store.add(score)
-    return score
+    assert bench.train is not None
+    assert bench.test is not None
+    if kept := store.find(protocol, bench.subject, bench.train.id, bench.test.id):
+        return kept[0]
+    scores = bench.run([protocol])
+    store.add(*scores)
+    return scores[0]

@@ -3,17 +3,19 @@
 In: exports and corpora. Out: data URIs with their captions. Nothing is chosen by result: the images are drawn by seed.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.nn.functional import normalize
 
-from eval_probes import features, knn
+from eval_probes import knn
+from eval_probes.extraction import How, extract
 from eval_probes.intervals import Z95
 from eval_probes.pooling import Pooling
 from eval_probes.report import pictures
+from eval_probes.subject import Subject
 from selfsight import load_pretrained
 from selfsight.encoders.statistics import feature_spread, rankme
 from selfsight.errors import UserError
@@ -108,9 +110,9 @@ def neighbours(
     k = min(NEIGHBOURS, train.n - (test is None))
     found, shares, statistics = {}, {}, {}
     for name, export in encoders.items():
-        how = {**asdict(pooling), "device": device}
-        bank = features.extract(export.path, train.path, **how).X
-        asking = bank if test is None else features.extract(export.path, test.path, **how).X
+        how, subject = How(device=device), Subject.open(export.path)
+        bank = extract(subject, train, pooling, how).X
+        asking = bank if test is None else extract(subject, test, pooling, how).X
         found[name] = _nearest(bank, np.asarray(asking)[queries], k, own=queries if test is None else None)
         statistics[name] = _statistics(bank)
         if bank_y is not None and asked_y is not None and k:

@@ -169,23 +169,25 @@ def score_groups(run: RunFolder, scores: Sequence[Score], chance: float | None) 
     """Scores side by side. Of equal measurements the last one holds. `chance` is the accuracy of guessing."""
     latest: dict[tuple[str, ...], dict[tuple[str, str], Score]] = {}
     for score in scores:
-        latest.setdefault(_measured(score), {})[score.weights_digest, pooling(score)] = score
+        if score.low is not None and score.unit == "%":
+            latest.setdefault(_measured(score), {})[score.weights_digest, pooling(score)] = score
     groups = []
-    for (metric, *_), by_weights in sorted(latest.items(), key=lambda item: _order(item[0][0])):
+    for (protocol, metric, *_), by_weights in sorted(latest.items(), key=lambda item: _order(item[0])):
         named = sorted(((*_which(run, s), s) for s in by_weights.values()), key=lambda row: row[0])
         poolings = {pooling(s) for _, _, kind, s in named if kind != "pixels"}
-        plot = DotPlot([Interval(s.low, s.value, s.high, kind) for _, _, kind, s in named], chance=chance, limit=1.0)
+        plot = DotPlot([_interval(s, kind) for _, _, kind, s in named], chance=chance, limit=1.0)
         rows = []
         for _, label, kind, s in named:
             name = f"{label}, {pooling(s)}" if len(poolings) > 1 and kind != "pixels" else label
-            value, span = percent(s.value), f"{percent(s.low)}–{percent(s.high)}"
+            sure = _interval(s, kind)
+            value, span = percent(s.value), f"{percent(sure.low)}–{percent(sure.high)}"
             words = f"{name}: {value} %, 95 % interval {span}, n = {s.n}"
-            dots = plot.row(Interval(s.low, s.value, s.high, kind), words)
+            dots = plot.row(sure, words)
             rows.append(ScoreRow(name, kind, value, span, count(s.n), dots))
         note = _protocol(named[0][-1]) + (f", features: {poolings.pop()}" if len(poolings) == 1 else "")
         groups.append(
             ScoreGroup(
-                title=PROBES.get(metric, metric.replace("_", " ").capitalize()),
+                title=_title(protocol, metric),
                 protocol=note,
                 chance="" if chance is None else percent(chance),
                 rows=rows,
@@ -193,6 +195,12 @@ def score_groups(run: RunFolder, scores: Sequence[Score], chance: float | None) 
             )
         )
     return groups
+
+
+def _interval(score: Score, kind: str) -> Interval:
+    assert score.low is not None
+    assert score.high is not None
+    return Interval(score.low, score.value, score.high, kind)
 
 
 def pooling(score: Score) -> str:
@@ -205,7 +213,7 @@ def pooling(score: Score) -> str:
 
 def _measured(score: Score) -> tuple[str, ...]:
     """Scores that agree in this may be compared."""
-    return score.metric, score.protocol, score.protocol_digest, score.train_corpus, score.test_corpus
+    return score.protocol, score.metric, score.protocol_digest, str(score.train_corpus), str(score.test_corpus)
 
 
 def _protocol(score: Score) -> str:
@@ -222,8 +230,8 @@ def _protocol(score: Score) -> str:
 def finding(run: RunFolder, scores: Sequence[Score]) -> str:
     """What the scores say of the trained encoder in one or two sentences; empty where there is nothing to compare."""
     said, apart, ahead = [], True, True
-    for metric, subject in (("knn", "k-NN"), ("linear", "a linear probe")):
-        mine = [s for s in scores if s.metric == metric and _which(run, s)[2] == "trained"]
+    for protocol, subject in (("knn", "k-NN"), ("linear", "a linear probe")):
+        mine = [s for s in scores if s.protocol == protocol and s.low is not None and _which(run, s)[2] == "trained"]
         # Only what was measured in the same way and on the same images may be compared; the last of each kind holds.
         by_kind = {_which(run, s)[2]: s for s in scores if mine and _measured(s) == _measured(mine[-1])}
         trained = by_kind.get("trained")
@@ -233,7 +241,7 @@ def finding(run: RunFolder, scores: Sequence[Score]) -> str:
         compared = ", ".join(f"{words} {percent(s.value)}\u00a0%" for s, words in others)
         of = "" if said else f" of {count(trained.n)} held-out images"
         said.append(f"{subject} recognises {percent(trained.value)}\u00a0%{of} ({compared})")
-        apart = apart and all(trained.low > s.high for s, _ in others)
+        apart = apart and all(_interval(trained, "").low > _interval(s, "").high for s, _ in others)
         ahead = ahead and all(trained.value > s.value for s, _ in others)
     if not said:
         return ""
@@ -251,10 +259,14 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
-def _order(metric: str) -> tuple[int, str]:
+def _order(measured: tuple[str, ...]) -> tuple[int, tuple[str, ...]]:
     known = list(PROBES)
-    first = metric.split("_")[0]
-    return (known.index(first) if first in known else len(known), metric)
+    return (known.index(measured[0]) if measured[0] in known else len(known), measured)
+
+
+def _title(protocol: str, metric: str) -> str:
+    name = PROBES.get(protocol, protocol)
+    return name if metric == "top1" else f"{name}, {metric}"
 
 
 def _which(run: RunFolder, score: Score) -> tuple[int, str, str]:

@@ -1,107 +1,87 @@
-"""`selfsight eval knn | linear WEIGHTS --train DIR --test DIR`: a probe on frozen weights, with a 95 % interval."""
+"""`selfsight eval PROTOCOL WEIGHTS --train DIR --test DIR [key=value …]`: a probe on frozen weights, with intervals."""
 
 import argparse
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 
 def add(subparsers) -> None:
-    probes = subparsers.add_parser("eval", help="measure weights: kNN and a linear probe")
-    verbs = probes.add_subparsers(metavar="PROBE", required=True)
+    from eval_probes.protocol import MODULES
 
-    knn = verbs.add_parser("knn", help="DINO's weighted k-nearest-neighbour vote")
-    knn.add_argument("--k", type=int, default=20, help="neighbours of the reported figure (default 20)")
-    knn.add_argument("--temperature", type=float, default=0.07, metavar="T", help="default 0.07")
-    _common(knn)
-    knn.set_defaults(run=run, score=_knn)
-
-    linear = verbs.add_parser("linear", help="logistic regression on frozen features")
-    linear.add_argument(
-        "--protocol",
-        choices=["linear", "mae-linprobe"],
-        default="linear",
-        help="linear: SGD, learning rate chosen on a tenth of the training images; mae-linprobe: MAE's head and LARS",
+    probes = subparsers.add_parser(
+        "eval",
+        help="measure weights: kNN, linear and other probes",
+        description="Measures frozen weights by a named protocol. key=value changes one of its numbers, and with it "
+        "its digest; --keys shows them.",
     )
-    _common(linear)
-    linear.set_defaults(run=run, score=_linear)
+    verbs = probes.add_subparsers(metavar="PROTOCOL", required=True)
+    for name, (_, about) in MODULES.items():
+        parser = verbs.add_parser(name, help=about)
+        parser.add_argument("weights", metavar="WEIGHTS", help="export folder, run (its newest export), or: pixels")
+        parser.add_argument("overrides", metavar="key=value", nargs="*", help=f"numbers of {name} to change")
+        corpora(parser)
+        computing(parser)
+        parser.add_argument("--results", metavar="FILE", help="results store to append to; a run's own is always used")
+        parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+        parser.add_argument("--keys", action="store_true", help="show the protocol's numbers and its digest, and stop")
+        parser.set_defaults(run=run, protocol=name)
 
 
-def _common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("weights", metavar="WEIGHTS", help="export folder, run folder (its newest export), or: pixels")
-    parser.add_argument("--train", required=True, metavar="DIR", help="labelled corpus that the probe learns from")
-    parser.add_argument("--test", required=True, metavar="DIR", help="labelled corpus that it is tested on")
-    parser.add_argument(
-        "--blocks", type=int, default=1, metavar="N", help="class tokens of the last N blocks (default 1)"
-    )
-    parser.add_argument("--avgpool", action="store_true", help="append the mean patch token (alone with --blocks 0)")
-    parser.add_argument(
-        "--batch-size", type=int, default=256, metavar="N", help="images per forward pass (default 256)"
-    )
-    parser.add_argument("--device", help="cpu, cuda, … (default: a GPU if there is one)")
+def corpora(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--train", metavar="DIR", help="corpus that the probe learns from")
+    parser.add_argument("--test", metavar="DIR", help="corpus that it is tested on")
+
+
+def computing(parser: argparse.ArgumentParser) -> None:
+    """How features are computed; `how` reads it."""
+    parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="per forward pass (default 256)")
+    parser.add_argument("--device", help="cpu, cuda, … (default: every GPU there is, or else the CPU)")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the forward pass")
-    parser.add_argument("--workers", type=int, metavar="N", help="decoding processes (default: one per core)")
-    parser.add_argument("--results", metavar="FILE", help="results store to append to; a run's own is always used")
+    parser.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="features are kept as this")
+    parser.add_argument("--workers", type=int, metavar="N", help="decoding threads (default: one per core)")
     parser.add_argument("--cache", metavar="DIR", help="where features are kept (default: $SELFSIGHT_CACHE)")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+def how(args: argparse.Namespace):
+    from eval_probes.extraction import How
+
+    return How(args.batch_size, args.device, args.precision, args.dtype, args.workers, args.cache)
 
 
 def run(args: argparse.Namespace) -> int:
-    from eval_probes.features import check_corpora, extract
-    from eval_probes.results import ResultsStore
-    from selfsight.console import say
-    from selfsight.errors import UserError
-    from selfsight.shards.corpus import Corpus
+    from eval_probes.bench import Bench
+    from eval_probes.protocol import find
     from selfsight.weights.run import run_of
 
-    if args.batch_size < 1 or (args.workers is not None and args.workers < 0):
-        raise UserError("--batch-size must be at least 1 and --workers at least 0")
-    check_corpora(Corpus.open(args.train), Corpus.open(args.test))  # before the hours that features may take
-    train, test = (
-        extract(
-            args.weights,
-            corpus,
-            n_last_blocks=args.blocks,
-            avgpool=args.avgpool,
-            batch_size=args.batch_size,
-            device=args.device,
-            cache=args.cache,
-            workers=args.workers,
-            precision=args.precision,
-        )
-        for corpus in (args.train, args.test)
-    )
-    score = args.score(args, train, test)
-    print(json.dumps(asdict(score)) if args.json else _line(score), flush=True)
+    protocol = find(args.protocol).override(args.overrides)
+    if args.keys:
+        print(json.dumps({**protocol.numbers(), "digest": protocol.digest}, indent=1))
+        return 0
+    scores = Bench.open(args.weights, args.train, args.test, how(args)).run([protocol])
+    tell(scores, as_json=args.json)
     stores = [Path(args.results)] if args.results else []
     if owner := run_of(Path(args.weights)):
         stores.append(owner / "results.sqlite")
-    for store in dict.fromkeys(stores):
-        ResultsStore(store).add(score)
-        say(f"written to {store}")
+    keep(scores, stores)
     return 0
 
 
-def _knn(args: argparse.Namespace, train, test):
-    from eval_probes.knn import KNN, evaluate
-
-    return evaluate(
-        train,
-        test,
-        KNN(ks=tuple(sorted({*KNN.ks, args.k})), k=args.k, temperature=args.temperature),
-        device=args.device,
-    )
-
-
-def _linear(args: argparse.Namespace, train, test):
-    from eval_probes import linear, linprobe
-
-    return (linprobe if args.protocol == "mae-linprobe" else linear).evaluate(train, test, device=args.device)
+def tell(scores, *, as_json: bool) -> None:
+    """The first score as one JSON object, the others inside it; or a line for each."""
+    if as_json:
+        first, *others = (score.to_dict() for score in scores)
+        print(json.dumps({**first, "others": others} if others else first), flush=True)
+        return
+    for score in scores:
+        chosen = f", k={score.details['k']}" if "k" in score.details else ""
+        chosen = f", lr {score.details['lr']:g}" if "lr" in score.details else chosen
+        print(f"{score.protocol}  {score.metric}  {score.said()}{chosen}  {score.weights}", flush=True)
 
 
-def _line(score) -> str:
-    chosen = f"k={score.details['k']}" if "k" in score.details else f"lr {score.details['lr']:g}"
-    return (
-        f"{score.protocol}  {100 * score.value:.2f} %  (95 % interval {100 * score.low:.2f}–{100 * score.high:.2f}, "
-        f"n={score.n}, {chosen})  {score.weights}"
-    )
+def keep(scores, stores: list[Path]) -> None:
+    from eval_probes.results import ResultsStore
+    from selfsight.console import say
+
+    for store in dict.fromkeys(stores):
+        ResultsStore(store).add(*scores)
+        say(f"written to {store}")

@@ -98,12 +98,15 @@ def _run(path: Path) -> dict[str, Any]:
         "scores": [
             {
                 "protocol": s.protocol,
+                "metric": s.metric,
                 "value": s.value,
                 "low": s.low,
                 "high": s.high,
                 "n": s.n,
-                "step": s.details.get("features", {}).get("step"),
+                "unit": s.unit,
+                "step": s.details["weights"].get("step"),
                 "weights_digest": s.weights_digest,
+                "said": s.said(),
             }
             for s in scores
         ],
@@ -185,9 +188,9 @@ def _run_text(found: dict[str, Any]) -> str:
         "checkpoints": ", ".join(map(str, found["checkpoints"])),
         "exports": ", ".join(map(str, found["exports"])),
     }
-    scores = [
-        f"  {s['protocol']} at step {s['step']}: {100 * s['value']:.2f} % "
-        f"({100 * s['low']:.2f}–{100 * s['high']:.2f}, n={s['n']})"
-        for s in found["scores"]
-    ]
+
+    def at(step: int | None) -> str:
+        return "" if step is None else f" at step {step}"
+
+    scores = [f"  {s['protocol']} {s['metric']}{at(s['step'])}: {s['said']}" for s in found["scores"]]
     return "\n".join([_table(f"{found['path']}: a run", rows), *scores])

@@ -1,7 +1,6 @@
 """Features are those of the encoder, extracted once, and never those of something else."""
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from eval_probes import features
-from eval_probes.features import extract
-from eval_probes.store import FeatureStore
+from eval_probes import extraction
+from eval_probes.bench import Bench
+from eval_probes.extraction import How
+from eval_probes.features import Collapsed, Features, check_corpora
+from eval_probes.pooling import Pooling
+from eval_probes.subject import Subject
 from selfsight import encoders
 from selfsight.corpus import build
 from selfsight.errors import UserError
@@ -57,37 +59,50 @@ def by_hand(weights: Path, corpus: Path) -> list:
         return encoder.intermediate(torch.stack(images), n=2)
 
 
+def extract(weights, corpus, *pooling, resize: int | None = None, **how) -> Features:
+    return extraction.extract(Subject.open(weights), Corpus.open(corpus), Pooling(*pooling), How(**how), resize=resize)
+
+
 def test_features_are_those_of_the_encoder(weights, corpus):
     oldest, last = by_hand(weights, corpus)
     found = extract(weights, corpus, batch_size=7)
     assert found.X.dtype == np.float32
     assert found.y is not None
     assert found.y.tolist() == Corpus.open(corpus).labels().tolist()
-    assert (found.weights_digest, found.corpus_id) == (load_pretrained(weights).digest, Corpus.open(corpus).id)
-    assert found.meta["step"] == 3
+    assert (found.subject.digest, found.corpus_id) == (load_pretrained(weights).digest, Corpus.open(corpus).id)
+    assert found.subject.meta["step"] == 3
     np.testing.assert_allclose(found.X, last.cls, atol=1e-5)
-    both = extract(weights, corpus, n_last_blocks=2, avgpool=True)
+    both = extract(weights, corpus, 2, True)
     np.testing.assert_allclose(both.X, torch.cat([oldest.cls, last.cls, last.avg], dim=1), atol=1e-5)
-    mean = extract(weights, corpus, n_last_blocks=0, avgpool=True)
+    mean = extract(weights, corpus, 0, True)
     np.testing.assert_allclose(mean.X, last.avg, atol=1e-5)
+    half = extract(weights, corpus, dtype="float16")
+    assert half.X.dtype == np.float16
+    np.testing.assert_allclose(half.tensor(), last.cls, atol=5e-3)
 
 
-def test_worker_processes_change_nothing(weights, corpus, tmp_path):
-    alone = extract(weights, corpus, batch_size=5, workers=0)
-    helped = extract(weights, corpus, batch_size=5, workers=2, cache=tmp_path / "other")
+def test_threads_change_nothing(weights, corpus, tmp_path):
+    alone = extract(weights, corpus, batch_size=5, workers=1)
+    helped = extract(weights, corpus, batch_size=5, workers=4, cache=str(tmp_path / "other"))
     assert np.array_equal(alone.X, helped.X)
 
 
-def test_the_second_time_nothing_is_computed(weights, corpus, monkeypatch):
-    first = extract(weights, corpus)
+def test_the_second_time_nothing_is_computed_and_wider_features_serve_narrower_ones(weights, corpus, monkeypatch):
+    _, last = by_hand(weights, corpus)
+    extract(weights, corpus, 2, True)
+    monkeypatch.setattr(Subject, "load", lambda *_: pytest.fail("loaded again"))
+    np.testing.assert_allclose(extract(weights, corpus).X, last.cls, atol=1e-5)
+    np.testing.assert_allclose(extract(weights, corpus, 0, True).X, last.avg, atol=1e-5)
+    interleaved = torch.stack([last.cls, last.avg], dim=2).flatten(1)
+    np.testing.assert_allclose(extract(weights, corpus, 1, True, True).X, interleaved, atol=1e-5)
+    with pytest.raises(pytest.fail.Exception, match="loaded again"):
+        extract(weights, corpus, 3)
 
-    def fail(*_args, **_kwargs):
-        raise AssertionError("loaded again")
 
-    monkeypatch.setattr(features, "load_pretrained", fail)
-    assert np.array_equal(extract(weights, corpus).X, first.X)
-    with pytest.raises(AssertionError, match="loaded again"):
-        extract(weights, corpus, avgpool=True)
+def test_another_preprocessing_is_another_entry(weights, corpus):
+    assert not np.array_equal(extract(weights, corpus).X, extract(weights, corpus, resize=40).X)
+    with pytest.raises(UserError, match="smaller than the crop"):
+        extract(weights, corpus, resize=16)
 
 
 def test_what_is_done_to_the_array_does_not_reach_the_store(weights, corpus):
@@ -116,41 +131,27 @@ def test_a_damaged_entry_is_computed_again(weights, corpus, cache):
     assert np.array_equal(extract(weights, corpus).X, first)
 
 
-def test_many_may_fill_one_entry(tmp_path):
-    def one(_):
-        return FeatureStore(tmp_path).get({"k": 1}, (5, 2), lambda out: out.__setitem__(slice(None), 7.0))
-
-    with ThreadPoolExecutor(8) as pool:
-        for array in pool.map(one, range(16)):
-            assert (array == 7).all()
-    assert len(list(tmp_path.iterdir())) == 1, "temporary folders are removed"
-
-
-def test_a_failed_extraction_leaves_nothing(tmp_path):
-    def fail(_):
-        raise UserError("no")
-
-    with pytest.raises(UserError):
-        FeatureStore(tmp_path).get({"k": 1}, (5, 2), fail)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_pixels_are_standardised_by_channel(corpus):
     found = extract("pixels", corpus)
     channels = found.X.reshape(24, 3, 32 * 32)
     np.testing.assert_allclose(channels.mean(axis=(0, 2)), 0, atol=1e-5)
     np.testing.assert_allclose(channels.std(axis=(0, 2)), 1, atol=1e-5)
-    assert found.weights == "pixels"
+    assert found.subject.name == "pixels"
 
 
-def test_features_that_are_not_finite_are_refused(corpus, tmp_path):
-    torch.manual_seed(0)
-    encoder = encoders.build(TINY, drop_path=False)
-    folder = export_encoder(encoder, TINY, tmp_path / "export", meta={})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features._Source, "embedder", lambda *_: lambda pixels: torch.full((len(pixels), 48), torch.nan))
-        with pytest.raises(UserError, match="not finite"):
-            extract(folder, corpus)
+def test_features_that_are_not_finite_or_all_alike_are_refused(weights, corpus, monkeypatch):
+    def answers(value: float):
+        return lambda *_: lambda pixels: torch.full((len(pixels), 48), value)
+
+    monkeypatch.setattr(extraction, "_embedder", answers(float("nan")))
+    with pytest.raises(UserError, match="not finite"):
+        extract(weights, corpus)
+    monkeypatch.setattr(extraction, "_embedder", answers(1e30))
+    with pytest.raises(UserError, match="do not fit float16"):
+        extract(weights, corpus, dtype="float16")
+    monkeypatch.setattr(extraction, "_embedder", answers(3.0))
+    with pytest.raises(Collapsed, match="collapsed"):
+        extract(weights, corpus)
 
 
 def test_a_damaged_shard_is_named(weights, corpus, tmp_path):
@@ -172,21 +173,39 @@ def test_what_cannot_be_opened_is_one_sentence(weights, corpus, tmp_path):
     for attempt, message in (
         (lambda: extract(tmp_path / "none", corpus), "no weights folder"),
         (lambda: extract(weights, tmp_path / "none"), "none"),
-        (lambda: extract(weights, corpus, n_last_blocks=9), "3 blocks"),
+        (lambda: extract(weights, corpus, 9), "3 blocks"),
         (lambda: extract(weights, corpus, precision="fp8"), "precision"),
         (lambda: extract(weights, corpus, device="quantum"), "no device"),
+        (lambda: Bench.open("pixels").encoder, "raw pixels have no encoder"),
+        (lambda: Bench.open(weights).labelled(), "needs a train corpus"),
     ):
         with pytest.raises(UserError, match=message):
             attempt()
 
 
-def test_a_store_on_a_full_disk_says_so(tmp_path, monkeypatch):
-    import shutil
-    from types import SimpleNamespace
-
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
-    with pytest.raises(UserError, match="make room"):
-        FeatureStore(tmp_path).get({"k": 1}, (5, 2), lambda out: None)
+def test_test_images_among_the_training_images_are_found(corpus, tmp_path, capsys):
+    some = tmp_path / "some"
+    for i in range(3):
+        (some / f"class{i}").mkdir(parents=True)
+        Image.new("RGB", (32, 32), (i, 0, 0)).save(some / f"class{i}" / "new.png")
+    build([some], tmp_path / "apart")
+    for i in range(3):
+        sample = Corpus.open(corpus).sample(i)
+        (some / f"class{sample.label}" / f"copy{i}.png").write_bytes(sample.data)
+    build([some], tmp_path / "mixed")
+    for path in some.rglob("new.png"):
+        path.unlink()
+    build([some], tmp_path / "inside") if len({p.parent for p in some.rglob("*.png")}) == 3 else None
+    train = Corpus.open(corpus)
+    assert check_corpora(train, Corpus.open(tmp_path / "apart")) == 0
+    assert check_corpora(train, Corpus.open(tmp_path / "mixed")) == 0.5
+    bench = Bench.open("pixels", corpus, tmp_path / "mixed")
+    bench.labelled()
+    bench.labelled()
+    assert capsys.readouterr().err.count("50.0% of the images") == 1
+    if (tmp_path / "inside").exists():
+        with pytest.raises(UserError, match="held out"):
+            check_corpora(train, Corpus.open(tmp_path / "inside"))
 
 
 def test_the_key_stands_beside_the_features(weights, corpus, cache):

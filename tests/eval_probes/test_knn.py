@@ -7,6 +7,7 @@ import torch
 from eval_probes import knn
 from eval_probes.features import Features
 from eval_probes.pooling import Pooling
+from eval_probes.subject import Subject
 from selfsight.errors import UserError
 
 
@@ -17,8 +18,7 @@ def features(X, y, corpus: str, classes: int = 3) -> Features:
         classes=None if y is None else [f"c{i}" for i in range(classes)],
         corpus=corpus,
         corpus_id=corpus,
-        weights="w",
-        weights_digest="w" * 64,
+        subject=Subject("w", "w" * 64, {}, {}, 1),
         pooling=Pooling(),
     )
 
@@ -127,7 +127,7 @@ def test_pairs_that_mean_nothing_are_refused():
         knn.evaluate(good, good)
 
 
-@pytest.mark.parametrize("wrong", [{"ks": (0,), "k": 0}, {"k": 7}, {"temperature": 0.0}, {"temperature": float("nan")}])
+@pytest.mark.parametrize("wrong", [{"ks": (0,), "k": 0}, {"k": 0}, {"temperature": 0.0}, {"temperature": float("nan")}])
 def test_protocols_without_sense_are_refused(wrong):
     with pytest.raises(UserError):
         knn.KNN(**wrong)

@@ -10,6 +10,7 @@ from torch import nn
 from eval_probes import linear, linprobe
 from eval_probes.features import Features
 from eval_probes.pooling import Pooling, pool
+from eval_probes.subject import Subject
 from selfsight.errors import UserError
 from selfsight.training.lars import LARS
 
@@ -27,8 +28,7 @@ def blobs(n: int, seed: int, corpus: str, noise: float = 0.5) -> Features:
         classes=list("abcd"),
         corpus=corpus,
         corpus_id=corpus,
-        weights="w",
-        weights_digest="w" * 64,
+        subject=Subject("w", "w" * 64, {}, {}, 12),
         pooling=Pooling(),
     )
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from eval_probes import knn
-from eval_probes.features import extract
+from eval_probes.bench import Bench
+from eval_probes.protocol import find
 from eval_probes.report import build_report
 from eval_probes.results import ResultsStore
 from launch.cli import main
@@ -115,7 +115,7 @@ def cache(home, monkeypatch):
 def add_scores(home: Path, run: Path) -> None:
     store = ResultsStore(run / "results.sqlite")
     for weights in ("pixels", run / "exports" / "step_00000000", run / "exports" / "step_00000040"):
-        store.add(knn.evaluate(extract(weights, home / "train"), extract(weights, home / "test")))
+        store.add(*Bench.open(weights, home / "train", home / "test").run([find("knn")]))
 
 
 def test_report_holds_everything_and_needs_nothing(home):
@@ -230,7 +230,7 @@ def test_failed_report_leaves_the_old_one(home, monkeypatch):
 def test_only_scores_of_one_measurement_are_compared(home):
     run = make_run(home, "compared", "train")
     store = ResultsStore(run / "results.sqlite")
-    base = knn.evaluate(extract("pixels", home / "train"), extract("pixels", home / "test"))
+    (base,) = Bench.open("pixels", home / "train", home / "test").run([find("knn")])
     trained, untrained = (Export.open(run / "exports" / f"step_{s:08d}").digest for s in (40, 0))
     store.add(replace(base, value=0.9, low=0.8, high=0.95, n=500, weights="t", weights_digest=trained))
     store.add(replace(base, value=0.5, low=0.4, high=0.6, n=500, weights="u", weights_digest=untrained))

@@ -69,13 +69,13 @@ def test_json_is_one_object_with_everything(place, tmp_path, capsys, probe):
     said = json.loads(capsys.readouterr().out)
     assert said["n"] == 24
     assert said["low"] <= said["value"] <= said["high"]
-    assert (said["metric"], said["weights"]) == (probe, "pixels")
+    assert (said["metric"], said["protocol"], said["weights"]) == ("top1", probe, "pixels")
     (kept,) = ResultsStore(results).rows()
     assert kept.to_dict() == said
 
 
 def test_a_person_reads_one_line(place, capsys):
-    assert evaluate(place, "knn", "pixels", "--k", "3") == 0
+    assert evaluate(place, "knn", "pixels", "k=3") == 0
     out = capsys.readouterr().out
     assert out.count("\n") == 1
     assert "k=3" in out
@@ -86,7 +86,7 @@ def test_scores_of_a_run_are_kept_in_the_run(place, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(place / "run", run)
     assert evaluate(place, "knn", run) == 0
-    assert evaluate(place, "linear", run / "exports" / "step_00000004", "--protocol", "mae-linprobe", "--avgpool") == 0
+    assert evaluate(place, "mae-linprobe", run / "exports" / "step_00000004", "avgpool=true") == 0
     protocols = [s.protocol for s in ResultsStore(run / "results.sqlite").rows()]
     assert protocols == ["knn", "mae-linprobe"]
     capsys.readouterr()
@@ -126,10 +126,12 @@ def test_a_score_that_cannot_be_kept_is_said_all_the_same(place, tmp_path, capsy
 
 def test_arguments_without_sense_are_one_line(place, capsys):
     for rest in (
-        ["--k", "0"],
-        ["--temperature", "0"],
+        ["k=0"],
+        ["k=many"],
+        ["kk=3"],
+        ["temperature=0"],
         ["--batch-size", "0"],
-        ["--blocks", "0"],
+        ["n_last_blocks=0"],
         ["--device", "quantum"],
     ):
         assert evaluate(place, "knn", place / "run", *rest) == 2

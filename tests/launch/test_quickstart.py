@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from eval_probes.linear import Linear
+from eval_probes import linear
 from launch import quickstart as steps
 from launch.cli import main
 from launch.commands.quickstart import show
@@ -25,7 +25,7 @@ TINY = {
 
 @pytest.fixture(autouse=True)
 def quick_probes(monkeypatch):
-    monkeypatch.setattr(steps, "LINEAR", Linear(lrs=(0.01, 0.1), min_steps=10, epochs=1))
+    monkeypatch.setitem(linear.PRESETS, "linear", linear.Linear(lrs=(0.01, 0.1), min_steps=10, epochs=1))
 
 
 @pytest.fixture(scope="module")
