@@ -36,8 +36,9 @@ class EncoderConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW, with a warm-up and a decay of the learning rate at every step."""
+    """The optimiser, and its learning rate and weight decay at every step."""
 
+    name: str = "adamw"  # adamw; lamb or lars, for large batches; sgd
     base_lr: float = 5e-4  # the highest, for a global batch of `reference_batch` images
     scaling: str = "linear"  # with the batch: linear, sqrt (of batch_size / reference_batch), or none
     reference_batch: int = 256  # images
@@ -46,11 +47,17 @@ class OptimizerConfig:
     min_lr: float = 1e-6  # where a cosine ends; not scaled
     trunc_extra: float = 0.0  # of truncated_cosine: the share of it that is left out at its end
     cosine_epochs: float | None = None  # of linear_warmup_cosine, then constant; null = to the end
+    layer_decay: float = 1.0  # factor on the rate from each block of the encoder to the one below (BEiT, DINOv2)
+    patch_embed_lr_mult: float = 1.0  # and once more on the patch embedding's (DINOv2)
     weight_decay: float = 0.04
     weight_decay_end: float | None = None  # cosine towards this; null = constant
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    decay_vectors: bool = False  # biases and norms, too
+    undecayed: list[str] = field(default_factory=list)  # ends of the names of further parameters, such as pos_embed
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # of adamw and lamb
+    momentum: float = 0.9  # of lars and sgd
+    trust_coefficient: float = 0.001  # of lars
     clip: float = 0.0  # gradient norm to clip at; 0 = never
-    clip_per: str = "global"  # global, or tensor: each parameter's gradient by itself, as DINO does
+    clip_per: str = "global"  # global; tensor, as DINO does; module: the encoder and each head, as DINOv2 does
 
 
 @dataclass

@@ -15,6 +15,7 @@ from selfsight.objectives.dino import dino_loss
 from selfsight.objectives.dinov2 import DINOv2, DINOv2Config
 from selfsight.objectives.distillation import Distillation, DistillationConfig
 from selfsight.recipe import EncoderConfig
+from selfsight.training.optim import layer_scales
 
 STUDENT = EncoderConfig(
     "vit_tiny_patch16_224", img_size=32, args={"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
@@ -174,7 +175,7 @@ def test_the_student_matches_the_live_teachers_average(harness):
     model = small(teacher_name=TEACHER.name, teacher_args=TEACHER.args)
     assert model.cls_heads() == (model.student_head, model.large.teacher_head)
     assert model.patch_heads() == (model.student_patch_head, model.large.teacher_patch_head)
-    prefixes = [rule.prefix for rule in model.parameter_rules()]
+    prefixes = list(layer_scales(model, 0.9, 0.2))
     assert prefixes.index("student.vit.blocks.0.") < prefixes.index("large.student.vit.blocks.2.")
     batch = harness.make_batch(model, 4)
     before = model(batch, START).metrics

@@ -86,7 +86,7 @@ def test_stopping_and_continuing_is_as_never_having_stopped(
 def test_mae_with_decoding_processes_continues_as_exactly(selfsight, command, recipe, read, tmp_path, monkeypatch):
     plain = yaml.safe_load(recipe.read_text())
     plain["objective"] = {"name": "mae", "crop_size": 32, "decoder_embed_dim": 32, "decoder_depth": 1}
-    plain["optimizer"] = {"warmup_epochs": 1, "warmup": "mae", "clip": 1.0}
+    plain["optimizer"] = {"warmup_epochs": 1, "schedule": "mae_cosine", "clip": 1.0}
     recipe.write_text(yaml.safe_dump(plain))
     assert selfsight(command("whole")) == 0
     with monkeypatch.context() as patch:

@@ -137,7 +137,7 @@ def test_mae_trains_as_the_official_loop(golden, zero):
     )
     objective = kind(config, encoder(h))
     objective.load_state_dict(golden.to_mae(numbers.weights("train")))
-    recipe = recipe_of(h, zero, warmup="mae", betas=h["betas"].tolist())
+    recipe = recipe_of(h, zero, schedule="mae_cosine", betas=h["betas"].tolist())
     engine = Engine(objective, recipe, cluster.join())
     inputs = {name: x.to(engine.cluster.device) for name, x in inputs.items()}
     steps: list[Step] = []
@@ -168,7 +168,7 @@ def bf16_losses(golden, zero: int) -> tuple[Engine, list[float], list[float]]:
     config = kind.Config(decoder_embed_dim=32, decoder_depth=2, decoder_num_heads=4, crop_size=32)
     objective = kind(config, encoder(h))
     objective.load_state_dict(golden.to_mae(numbers.weights("train")))
-    recipe = recipe_of(h, zero, warmup="mae", betas=h["betas"].tolist())
+    recipe = recipe_of(h, zero, schedule="mae_cosine", betas=h["betas"].tolist())
     recipe.training.precision = "bf16"
     engine = Engine(objective, recipe, cluster.join())
     losses = []

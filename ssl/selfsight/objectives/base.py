@@ -137,6 +137,8 @@ class Objective(nn.Module, ABC):
     # Whether the loss of an image depends on the others of its micro-batch (negatives, batch statistics): then two
     # micro-batches are not one large batch, and accumulation means what it says.
     joint: ClassVar[bool] = False
+    # Names of parameters outside the student that enter below its first block, for layer-wise rates.
+    encoder_inputs: ClassVar[tuple[str, ...]] = ()
     student: Encoder
 
     @abstractmethod

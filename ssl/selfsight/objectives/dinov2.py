@@ -7,7 +7,6 @@ over the batch, and learning rates that fall towards the image. Registers (Darce
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -23,7 +22,7 @@ from selfsight.losses import ibot_loss, koleo, sinkhorn_knopp
 from selfsight.losses.ibot import masked_rows
 from selfsight.losses.koleo import EPSILON
 from selfsight.masks import block_masks
-from selfsight.objectives.base import Outcome, ParameterRule, Progress
+from selfsight.objectives.base import Outcome, Progress
 from selfsight.objectives.ibot import IBOT, IBOTConfig
 from selfsight.recipe import EncoderConfig
 
@@ -42,8 +41,6 @@ class DINOv2Config(IBOTConfig):
     local_crops_scale: list[float] = field(default_factory=lambda: [0.05, 0.32])
     centering: str = "sinkhorn_knopp"  # or centering: DINO's, here of the masked patches only
     koleo_weight: float = 0.1
-    layerwise_decay: float = 0.9  # factor on the learning rate from each block to the one below
-    patch_embed_lr_mult: float = 0.2  # and once more on the patch embedding's
 
 
 class DINOv2(IBOT):
@@ -164,16 +161,6 @@ class DINOv2(IBOT):
             return c.teacher_temp
         return c.warmup_teacher_temp + (c.teacher_temp - c.warmup_teacher_temp) * progress.step / max(n - 1, 1)
 
-    def parameter_rules(self) -> list[ParameterRule]:
-        """Of L blocks, the i-th from 0 learns at layerwise_decay^(L − i) of the rate, what lies below at ^(L + 1)."""
-        c, depth = self.config, self.student.depth
-        bottom = c.layerwise_decay ** (depth + 1)
-        scales = {f"student.vit.blocks.{i}.": c.layerwise_decay ** (depth - i) for i in range(depth)}
-        scales["student.vit.patch_embed."] = bottom * c.patch_embed_lr_mult
-        below = ("student.vit.cls_token", "student.vit.reg_token", "student.vit.pos_embed", "mask_token")
-        scales |= dict.fromkeys(below, bottom)
-        return super().parameter_rules() + [ParameterRule(name, _constant(scale)) for name, scale in scales.items()]
-
     def after_step(self) -> None:
         if self.config.centering == "centering":
             super().after_step()
@@ -214,14 +201,8 @@ def pair_cross_entropy(logits_s: Tensor, q: Tensor, student_temp: float) -> Tens
     return -(q.sum(dim=0) * log_p.sum(dim=0)).sum(dim=-1).mean()
 
 
-def _constant(scale: float) -> Callable[[Progress], float]:
-    return lambda progress: scale
-
-
 def _checked(c: DINOv2Config) -> DINOv2Config:
     if c.centering not in ("sinkhorn_knopp", "centering"):
         raise UserError(f"objective.centering is {c.centering!r}: choose sinkhorn_knopp or centering")
     check_range("objective.koleo_weight", c.koleo_weight, 0)
-    for name in ("layerwise_decay", "patch_embed_lr_mult"):
-        check_range(f"objective.{name}", getattr(c, name), 0, 1)
     return c

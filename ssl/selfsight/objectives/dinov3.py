@@ -33,7 +33,6 @@ class DINOv3Config(DINOv2Config):
     shared_head: bool = False  # and no other: the heads are untied
     momentum_teacher: float = 0.994
     final_momentum_teacher: float = 0.994  # along a cosine; constant where the two are the same
-    layerwise_decay: float = 0.98
     global_crops_size: int = 256  # pixels
     local_crops_size: int = 112
     local_weight: float = 1.0  # of the pairs with a local crop in L_DINO; 0.5 in the paper's second phase

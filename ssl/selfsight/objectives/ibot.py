@@ -37,6 +37,7 @@ class IBOTConfig(DINOConfig):
 
 class IBOT(DINO):
     Config = IBOTConfig
+    encoder_inputs = ("mask_token",)
     config: IBOTConfig
 
     def __init__(self, config: IBOTConfig, encoder: EncoderConfig, collective: Collective | None = None) -> None:

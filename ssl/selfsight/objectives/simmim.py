@@ -30,6 +30,7 @@ class SimMIMConfig:
 
 class SimMIM(Objective):
     Config = SimMIMConfig
+    encoder_inputs = ("mask_token",)
 
     def __init__(self, config: SimMIMConfig, encoder: EncoderConfig, collective: Collective | None = None) -> None:
         super().__init__(config, encoder, collective)

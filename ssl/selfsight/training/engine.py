@@ -8,7 +8,7 @@ takes a hidden step at start-up.
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from selfsight.objectives import Objective, Progress
 from selfsight.recipe import Recipe
-from selfsight.training import optim, schedules
+from selfsight.training import noise, optim, schedules
 from selfsight.training.cluster import Cluster
 from selfsight.training.teacher import Teacher
 
@@ -34,6 +34,8 @@ class Step:
     weight_decay: float
     momentum: float  # of the teacher
     grad_norms: list[float]  # before clipping, per parameter group, over all ranks
+    grad_signal: float  # |G|² and tr(Σ) as far as one step tells them, after clipping; NaN where not asked for: `noise`
+    grad_noise: float
     metrics: dict[str, Tensor]  # of this rank, averaged over its micro-batches, on the device
     features: Tensor  # (B / ranks, D) of this rank, on the device
     stop: bool  # some rank was asked to stop
@@ -53,15 +55,10 @@ class Engine:
         self.objective, self.recipe, self.cluster = objective, recipe, cluster
         self.rules = objective.parameter_rules()
         config = recipe.optimizer
-        groups = optim.parameter_groups(objective, self.rules, per_tensor=config.clip_per == "tensor")
+        groups = optim.parameter_groups(objective, self.rules, config)
+        self.clip_units = optim.clip_units(groups, config.clip_per)
         objective.to(cluster.device)
-        self.optimizer = optim.AdamW(
-            groups,
-            lr=schedules.scaled_lr(config, recipe.batch_size),
-            betas=(config.betas[0], config.betas[1]),
-            weight_decay=config.weight_decay,
-            fused=cluster.device.type == "cuda",
-        )
+        self.optimizer: Any = optim.build(config, groups, fused=cluster.device.type == "cuda")
         self.engine: Any = deepspeed.initialize(
             model=objective, optimizer=self.optimizer, config=deepspeed_config(recipe, cluster.world_size)
         )[0]
@@ -73,8 +70,10 @@ class Engine:
         progress: Progress,
         *,
         asked_to_stop: Callable[[], bool] = lambda: False,
+        measure: bool = False,
     ) -> Step:
-        """One optimiser step over micro-batches that are on the device and normalised."""
+        """One optimiser step over micro-batches that are on the device and normalised; `measure` asks for the noise of
+        its gradient."""
         config = self.recipe.optimizer
         lr = schedules.learning_rate(config, self.recipe.batch_size, progress)
         decay = schedules.weight_decay(config, progress)
@@ -97,7 +96,10 @@ class Engine:
         loss, stop, norms = self._agree(torch.stack(losses).mean(), asked_to_stop(), gradients)
         taken = isfinite(loss) and all(isfinite(n) for n in norms)
         if taken and config.clip > 0:
-            optim.clip(gradients, norms, config.clip, per_group=config.clip_per == "tensor")
+            optim.clip(gradients, norms, config.clip, self.clip_units)
+        if taken:
+            self.optimizer.prepare(optim.held(self.engine, gradients), self._total)
+        spread = self._spread(gradients, progress) if taken and measure else (nan, nan)
         del gradients  # the step frees them
         self.optimizer.skip = not taken
         self.engine.step()
@@ -107,7 +109,7 @@ class Engine:
         else:
             self.objective.discard_step()
         averaged = {k: torch.stack([m[k].detach().float() for m in metrics]).mean() for k in metrics[0]}
-        return Step(taken, loss, lr, decay, momentum, norms, averaged, torch.cat(features), stop)
+        return Step(taken, loss, lr, decay, momentum, norms, *spread, averaged, torch.cat(features), stop)
 
     def _agree(self, loss: Tensor, stop: bool, gradients: list[list[Tensor]]) -> tuple[float, bool, list[float]]:
         """Mean loss, whether anyone stops, and whole gradient norms: one reduction, one transfer to the host."""
@@ -118,6 +120,15 @@ class Engine:
         head = torch.stack([loss / self.cluster.world_size, torch.full((), float(stop), device=device)])
         mean, stops, *squared = self.cluster.sum(torch.cat([head, squares])).tolist()
         return mean, stops > 0, [s**0.5 for s in squared]
+
+    def _spread(self, gradients: list[list[Tensor]], progress: Progress) -> tuple[float, float]:
+        measured = noise.measure(self.optimizer, optim.held(self.engine, gradients), progress.step)
+        power, signal = self._total(measured.to(self.cluster.device)).tolist()
+        return (signal, self.recipe.batch_size * (power - signal)) if power else (nan, nan)
+
+    def _total(self, x: Tensor) -> Tensor:
+        """What ranks hold of a sum over whole tensors, added up; under ZeRO-0 each has all of it."""
+        return x if self.recipe.training.zero == 0 else self.cluster.sum(x)
 
     def save(self, folder: Path) -> None:
         """Every rank writes its optimiser state below `folder`. The frozen teacher is not in it."""

@@ -22,6 +22,7 @@ from selfsight.training.engine import Engine, Step
 from selfsight.training.interrupts import Interrupts
 from selfsight.training.log import Log
 from selfsight.training.monitor import Monitor
+from selfsight.training.noise import NoiseScale
 
 NOT_FINITE_LIMIT = 10  # steps refused in a row before the run ends
 
@@ -56,8 +57,10 @@ class Loop:
             engine.objective.collapse_values(),
             warmup_steps=int(self.recipe.optimizer.warmup_epochs * steps_per_epoch),
         )
+        self.noise_scale = NoiseScale()
         for record in log.records if log else ():
             self.monitor.look(record)  # what it would have seen, had the run never stopped
+            self.noise_scale.look(record)
         self.meter = Meter()
 
     def run(self, interrupts: Interrupts) -> None:
@@ -68,17 +71,19 @@ class Loop:
         with bar as shown:
             for step, batches in enumerate(self.meter.waiting(iter(self.loader)), self.start):
                 done = step + 1
+                logged = done % training.log_every == 0 or done in (1, self.total_steps)
                 torch.manual_seed(step_seed(self.recipe.seed, step, self.cluster.rank))
                 result = self.engine.step(
                     [to_device(batch, self.cluster.device, self.loader.views.spec) for batch in batches],
                     Progress(step, self.steps_per_epoch, self.total_steps),
                     asked_to_stop=interrupts.asked_to_stop,
+                    measure=logged,
                 )
                 self.meter.images += self.recipe.batch_size
                 refused = 0 if result.taken else refused + 1
                 if refused:
                     self._tell(done, not_finite(result, done, self.engine))
-                if done % training.log_every == 0 or done in (1, self.total_steps):
+                if logged:
                     self._record(result, done)
                     self._count(done)
                 if refused == NOT_FINITE_LIMIT:
@@ -101,6 +106,7 @@ class Loop:
         """Logs the numbers of a step, and what they alarm to. All ranks call it."""
         values = self._values(result, done)
         if self.log:
+            values["noise_scale"] = self.noise_scale.look(values)
             self.log.record(done, values)
             for sentence in self.monitor.look({"step": done, **values}):
                 self._tell(done, sentence)
@@ -121,6 +127,8 @@ class Loop:
             "weight_decay": result.weight_decay,
             "momentum": result.momentum,
             "grad_norm": result.grad_norm,
+            "grad_signal": result.grad_signal,
+            "grad_noise": result.grad_noise,
             "images_per_second": rate,
             "data_wait": waited,
             "feature_spread": feature_spread(features).item() if finite else float("nan"),
