@@ -96,6 +96,8 @@ class TrainingConfig:
     log_every: int = 10  # steps
     checkpoint_every: int = 1000  # steps
     keep: int = 2  # complete checkpoints kept, newest first; exports are always kept
+    patience: int = 10  # steps in a row that may be refused, as not finite, before training returns to a checkpoint
+    returns: int = 3  # to the same checkpoint, before the run ends; 0 ends it at once
 
 
 @dataclass

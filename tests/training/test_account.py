@@ -21,7 +21,7 @@ PER_EPOCH = 6  # steps of 8 for 48 images
 def begin(corpora, tmp_path):
     """Starts at a step, on a corpus of which the images in `bad` cannot be read: (account, steps)."""
 
-    def begin(start=0, restored=(), bad=()):
+    def begin(start=0, restored=None, bad=()):
         corpus = Corpus.open(corpora["one"])
         read = corpus.sample
 
@@ -36,7 +36,7 @@ def begin(corpora, tmp_path):
         loader = StepLoader(
             mixture, Views(SPEC, seed=0), start_step=start, total_steps=99, workers=0, quarantine=quarantine
         )
-        return Account(loader, ALONE, start, list(restored)), iter(loader)
+        return Account(loader, ALONE, start, restored or {}), iter(loader)
 
     return begin
 

@@ -85,6 +85,10 @@ class ForeignLoader:
     def __len__(self) -> int:
         return max(0, self.total_steps - self.start_step)
 
+    def whereabouts(self, batch: dict[str, Tensor]) -> list[str]:
+        """Nothing: without an index no image of a batch is known by name."""
+        return []
+
     def __iter__(self) -> Iterator[list[dict[str, Tensor]]]:
         if self.rank == 0:
             say(WEAKER_PROMISES)

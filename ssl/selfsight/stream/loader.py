@@ -105,6 +105,19 @@ class StepLoader:
         with self._lock:
             return self.mixture.epochs_over(t)
 
+    def whereabouts(self, batch: dict[str, Tensor]) -> list[str]:
+        """Sample and shard of each image of a micro-batch that it gave."""
+        shown = zip(batch["part"].tolist(), batch["ordinal"].tolist(), strict=True)
+        return [self.mixture.parts[part].corpus.whereabouts(ordinal) for part, ordinal in shown]
+
+    def counts(self, start: int, stop: int) -> Counter[tuple[int, int]]:
+        """Samples that the steps start … stop − 1 have for this rank, by (part, epoch)."""
+        counts: Counter[tuple[int, int]] = Counter()
+        for t in range(start, stop):
+            with self._lock:
+                _count(self.mixture.step(t, self._first, self._first + self._share), counts)
+        return counts
+
     def __iter__(self) -> Iterator[list[dict[str, Tensor]]]:
         if self.workers == 0:
             for t in range(self.start_step, self.total_steps):
@@ -197,10 +210,7 @@ class StepLoader:
     def _finish(self, step: _Step) -> list[dict[str, Tensor]]:
         for task in step.tasks:
             task.result()
-        pairs, counts = np.unique(np.stack([step.slots.part, step.slots.epoch]), axis=1, return_counts=True)
-        for (part, epoch), count in zip(pairs.T.tolist(), counts.tolist(), strict=True):
-            if epoch >= 0:
-                self.delivered[part, epoch] += count
+        _count(step.slots, self.delivered)
         names = {
             name: torch.from_numpy(values).view(self.accumulation, -1)
             for name, values in (("part", step.slots.part), ("ordinal", step.slots.ordinal))
@@ -209,6 +219,14 @@ class StepLoader:
             names = {name: tensor.pin_memory() for name, tensor in names.items()}
         tensors = step.tensors | names
         return [{name: tensor[part] for name, tensor in tensors.items()} for part in range(self.accumulation)]
+
+
+def _count(slots: Slots, into: Counter[tuple[int, int]]) -> None:
+    """Adds the samples of a step that belong to an epoch, by (part, epoch)."""
+    pairs, counts = np.unique(np.stack([slots.part, slots.epoch]), axis=1, return_counts=True)
+    for (part, epoch), count in zip(pairs.T.tolist(), counts.tolist(), strict=True):
+        if epoch >= 0:
+            into[part, epoch] += count
 
 
 def _storage_gone(problem: Unreachable) -> UserError:

@@ -4,7 +4,7 @@ This package owns every side effect of a run. `pretrain` is the one call; everyt
 """
 
 from selfsight.training.cluster import AgreedError
-from selfsight.training.loop import Diverged, Stopped
-from selfsight.training.run import pretrain
+from selfsight.training.loop import Stopped
+from selfsight.training.run import Diverged, pretrain
 
 __all__ = ["AgreedError", "Diverged", "Stopped", "pretrain"]

@@ -53,6 +53,14 @@ class Cluster:
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
 
+    def gather_objects(self, x: T) -> list[T]:
+        """`x` of every rank, in rank order."""
+        if self.world_size == 1:
+            return [x]
+        everyone: list = [None] * self.world_size
+        dist.all_gather_object(everyone, x)
+        return everyone
+
     def on_first(self, work: Callable[[], T]) -> T:
         """What `work()` returns on rank 0, on every rank; a mistake of the user is raised on all of them."""
         if self.world_size == 1:
@@ -78,9 +86,7 @@ class Cluster:
             result = work()
         except (UserError, OSError) as e:
             mistake = str(e)
-        mistakes: list[str | None] = [None] * self.world_size
-        dist.all_gather_object(mistakes, mistake)
-        for found in mistakes:
+        for found in self.gather_objects(mistake):
             if found is not None:
                 raise AgreedError(found)
         return result  # type: ignore[return-value]

@@ -26,7 +26,7 @@ STATE = "deepspeed"  # DeepSpeed's folder inside a checkpoint
 
 @dataclass
 class Step:
-    """What one optimiser step did, the same on every rank but for `features`."""
+    """What one optimiser step did, the same on every rank but for what is this rank's."""
 
     taken: bool  # False: the loss or a gradient was not finite, nothing has moved
     loss: float  # mean over the global batch
@@ -36,6 +36,7 @@ class Step:
     grad_norms: list[float]  # before clipping, per parameter group, over all ranks
     grad_signal: float  # |G|² and tr(Σ) as far as one step tells them, after clipping; NaN where not asked for: `noise`
     grad_noise: float
+    losses: Tensor  # (accumulation,) of this rank's micro-batches, on the device
     metrics: dict[str, Tensor]  # of this rank, averaged over its micro-batches, on the device
     features: Tensor  # (B / ranks, D) of this rank, on the device
     stop: bool  # some rank was asked to stop
@@ -93,7 +94,8 @@ class Engine:
                 self.engine.step()  # not a boundary: counts the micro-batch, moves nothing
 
         gradients = optim.averaged_gradients(self.engine)
-        loss, stop, norms = self._agree(torch.stack(losses).mean(), asked_to_stop(), gradients)
+        own = torch.stack(losses)
+        loss, stop, norms = self._agree(own.mean(), asked_to_stop(), gradients)
         taken = isfinite(loss) and all(isfinite(n) for n in norms)
         if taken and config.clip > 0:
             optim.clip(gradients, norms, config.clip, self.clip_units)
@@ -109,7 +111,7 @@ class Engine:
         else:
             self.objective.discard_step()
         averaged = {k: torch.stack([m[k].detach().float() for m in metrics]).mean() for k in metrics[0]}
-        return Step(taken, loss, lr, decay, momentum, norms, *spread, averaged, torch.cat(features), stop)
+        return Step(taken, loss, lr, decay, momentum, norms, *spread, own, averaged, torch.cat(features), stop)
 
     def _agree(self, loss: Tensor, stop: bool, gradients: list[list[Tensor]]) -> tuple[float, bool, list[float]]:
         """Mean loss, whether anyone stops, and whole gradient norms: one reduction, one transfer to the host."""

@@ -56,16 +56,16 @@ class Log:
         self._file.flush()
 
 
-def cut(path: Path, step: int) -> list[dict[str, Any]]:
+def cut(path: Path, step: int, *, by: str = "step") -> list[dict[str, Any]]:
     """Drops the lines of steps after `step`, and a last line that a kill left unfinished, in one atomic move. Returns
-    the records that stay, a value that was not finite as a NaN."""
+    the records that stay, a value that was not finite as a NaN. `by` names what a line counts."""
     if not path.exists():
         return []
     kept, records = [], []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             entry = json.loads(line)
-            if entry["step"] > step:
+            if entry[by] > step:
                 continue
         except (ValueError, KeyError, TypeError):
             continue

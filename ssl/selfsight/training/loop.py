@@ -1,7 +1,8 @@
 """The one loop: batch, step, log, alarms, and a checkpoint where one is due.
 
 In: an engine that stands at a step, and the loader that goes on from there. Out: the log's lines; `save` is called for
-every checkpoint. All ranks go through the same steps and do the same at each.
+every checkpoint. All ranks go through the same steps and do the same at each. The stream may be ahead of the steps, by
+the batches that were passed over when training returned to a checkpoint.
 """
 
 import time
@@ -23,12 +24,17 @@ from selfsight.training.interrupts import Interrupts
 from selfsight.training.log import Log
 from selfsight.training.monitor import Monitor
 from selfsight.training.noise import NoiseScale
+from selfsight.training.refused import FILE as LIST
+from selfsight.training.refused import Refused
 
-NOT_FINITE_LIMIT = 10  # steps refused in a row before the run ends
 
+class Trouble(Exception):
+    """Training should not go on from here, but from the last good checkpoint and past the batches since. The message
+    is a clause that says why."""
 
-class Diverged(RuntimeError):
-    """The loss has not been finite for `NOT_FINITE_LIMIT` steps in a row. The message is one sentence."""
+    def __init__(self, step: int, why: str) -> None:
+        super().__init__(why)
+        self.step = step
 
 
 class Stopped(KeyboardInterrupt):
@@ -45,14 +51,16 @@ class Loop:
         *,
         account: Account | None,
         log: Log | None,
+        refused: Refused,
         start: int,
         total_steps: int,
         steps_per_epoch: int,
         save: Callable[[int], None],
     ) -> None:
         self.engine, self.loader, self.account, self.log, self.save = engine, loader, account, log, save
-        self.recipe, self.cluster = engine.recipe, engine.cluster
+        self.recipe, self.cluster, self.refused = engine.recipe, engine.cluster, refused
         self.start, self.total_steps, self.steps_per_epoch = start, total_steps, steps_per_epoch
+        self.ahead = loader.start_step - start  # batches of the stream that no step was made of
         self.monitor = Monitor(
             engine.objective.collapse_values(),
             warmup_steps=int(self.recipe.optimizer.warmup_epochs * steps_per_epoch),
@@ -64,15 +72,15 @@ class Loop:
         self.meter = Meter()
 
     def run(self, interrupts: Interrupts) -> None:
-        """Raises Stopped once `interrupts` asked any rank to stop and a checkpoint is written, and Diverged."""
-        training, refused = self.recipe.training, 0
+        """Raises Stopped once `interrupts` asked any rank to stop, and Trouble."""
+        training, refused, due = self.recipe.training, 0, False
         first = self.cluster.rank == 0
         bar = progress_bar("pretrain", self.total_steps, self.start) if first else nullcontext()
         with bar as shown:
             for step, batches in enumerate(self.meter.waiting(iter(self.loader)), self.start):
                 done = step + 1
                 logged = done % training.log_every == 0 or done in (1, self.total_steps)
-                torch.manual_seed(step_seed(self.recipe.seed, step, self.cluster.rank))
+                torch.manual_seed(step_seed(self.recipe.seed, step + self.ahead, self.cluster.rank))
                 result = self.engine.step(
                     [to_device(batch, self.cluster.device, self.loader.views.spec) for batch in batches],
                     Progress(step, self.steps_per_epoch, self.total_steps),
@@ -82,24 +90,26 @@ class Loop:
                 self.meter.images += self.recipe.batch_size
                 refused = 0 if result.taken else refused + 1
                 if refused:
-                    self._tell(done, not_finite(result, done, self.engine))
+                    self.tell(done, f"{not_finite(result, done, self.engine)}; {LIST} names its images")
+                    self.refused.add(done, done + self.ahead, batches, result.losses)
                 if logged:
                     self._record(result, done)
                     self._count(done)
-                if refused == NOT_FINITE_LIMIT:
-                    raise Diverged(
-                        f"training ended at step {done}: {refused} steps in a row were not finite; try a smaller "
-                        "optimizer.base_lr, a longer warm-up, optimizer.clip or training.precision=fp32"
-                    )
-                if done % training.checkpoint_every == 0 or done == self.total_steps or result.stop:
+                if refused == training.patience:
+                    raise Trouble(done, f"{refused} steps in a row were not finite")
+                # None while steps are refused: the weights that make a loss of NaN are not those to return to.
+                due |= done % training.checkpoint_every == 0 or result.stop
+                if (due and not refused) or done == self.total_steps:
                     self._count(done)  # who goes on from here will not ask again what is over
                     self.save(done)
+                    due = False
                 if shown:
                     shown.advance(loss=f"{result.loss:.4f}", lr=f"{result.lr:.2e}")
                 if result.stop and done < self.total_steps:
+                    kept = "its steps are being refused, so no" if refused else "a"
                     raise Stopped(
                         f"stopped at step {done} of {self.total_steps} on {interrupts.received or 'another rank'}; "
-                        "a checkpoint is written: give the same command again to continue"
+                        f"{kept} checkpoint is written: give the same command again to continue"
                     )
 
     def _record(self, result: Step, done: int) -> None:
@@ -109,7 +119,7 @@ class Loop:
             values["noise_scale"] = self.noise_scale.look(values)
             self.log.record(done, values)
             for sentence in self.monitor.look({"step": done, **values}):
-                self._tell(done, sentence)
+                self.tell(done, sentence)
 
     def _values(self, result: Step, done: int) -> dict[str, float]:
         """The numbers of a logged step. All ranks call it."""
@@ -139,13 +149,14 @@ class Loop:
     def _count(self, done: int) -> None:
         """Says of every epoch that ended whether all of it was delivered, and of images that had to be replaced. All
         ranks call it."""
-        for alarming, sentence in self.account.look(done) if self.account else ():
+        for alarming, sentence in self.account.look(done + self.ahead) if self.account else ():
             if alarming:
-                self._tell(done, sentence)
+                self.tell(done, sentence)
             elif self.log:
                 self.log.note(done, sentence)
 
-    def _tell(self, step: int, sentence: str) -> None:
+    def tell(self, step: int, sentence: str) -> None:
+        """An event that someone should look at."""
         if self.log:
             self.log.event(step, sentence)
             say(f"ALARM {sentence}")

@@ -26,6 +26,8 @@ LEAST = {
     "training.log_every": 1,
     "training.checkpoint_every": 1,
     "training.keep": 1,
+    "training.patience": 1,
+    "training.returns": 0,
 }
 
 

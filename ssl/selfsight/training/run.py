@@ -5,6 +5,7 @@ and what it writes is what it would have written had it never stopped.
 """
 
 import copy
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,15 @@ from selfsight.training.feed import names_images, open_feed
 from selfsight.training.inherit import inherit, read_source
 from selfsight.training.interrupts import Interrupts
 from selfsight.training.log import Log
-from selfsight.training.loop import Loop
+from selfsight.training.loop import Loop, Trouble
+from selfsight.training.refused import Refused
 from selfsight.weights.checkpoint import export_run
 from selfsight.weights.export import export_encoder
 from selfsight.weights.run import exports, read_state, recipe_digest
+
+
+class Diverged(RuntimeError):
+    """Training came to nothing, from the same checkpoint several times. The message is one sentence."""
 
 
 def pretrain(recipe: Recipe) -> Path:
@@ -59,22 +65,35 @@ class _Run:
         self.objective = self._build()
         self.steps_per_epoch = self.feed.n // recipe.batch_size
         self.total_steps = max(1, round(recipe.epochs * self.steps_per_epoch))
-        self.checkpoint = checkpoint.newest(self.path)
-        self.start, delivered, self.inherited = 0, [], None
-        if self.checkpoint:
-            state = read_state(self.checkpoint)
-            checkpoint.check(self.checkpoint, state, self._state(0))
-            self.start, delivered = state["step"], state["delivered"]
-        elif recipe.weights:
-            self.inherited = self._inherit(recipe.weights)
-        views = Views(self.objective.views(), seed=recipe.seed)
+        self.returns: Counter[int] = Counter()  # to the checkpoint of a step
+        self.views = Views(self.objective.views(), seed=recipe.seed)
+        newest = checkpoint.newest(self.path)
+        self._take_up(newest)
+        # A checkpoint has inherited already.
+        self.inherited = self._inherit(recipe.weights) if recipe.weights and not newest else None
+
+    def _take_up(self, path: Path | None, position: int | None = None) -> None:
+        """Goes on from the checkpoint at `path`, or from the beginning; the stream from where it was then, or from
+        `position`: what is passed over is read by nobody again."""
+        state: dict[str, Any] = {"step": 0}
+        if path:
+            state = read_state(path)
+            checkpoint.check(path, state, self._state(0))
+        self.checkpoint, self.start = path, state["step"]
+        before = self.start + state.get("skipped", 0)
+        go_on = before if position is None else position
+        self.skipped = go_on - self.start
         self.loader = self.feed.loader(
-            views, run=self.path, cluster=cluster, start_step=self.start, total_steps=self.total_steps
+            self.views,
+            run=self.path,
+            cluster=self.cluster,
+            start_step=go_on,
+            total_steps=self.total_steps + self.skipped,
         )
         # Of shards without an index there is nothing that an account could be held against.
         self.account = None
         if isinstance(self.loader, StepLoader):
-            self.account = Account(self.loader, cluster, self.start, delivered)
+            self.account = Account(self.loader, self.cluster, before, state)
 
     def _settle(self, chunks: int | None) -> None:
         """Gives null keys their values and holds the recipe against the one that the run folder was begun with."""
@@ -130,28 +149,64 @@ class _Run:
                 say(f"{self.path} is finished: {self.total_steps} steps are done, its weights are in exports/")
             return self.path
         engine = Engine(self.objective, self.recipe, self.cluster)
-        if self.checkpoint:
-            checkpoint.load(self.checkpoint, engine)
-        self.cluster.on_first(lambda: self._export(self.start))
         if self.cluster.rank == 0:
             self._announce()
+        with Interrupts() as interrupts:
+            trouble = self._train(engine, interrupts)
+            while trouble:
+                trouble = self._train(engine, interrupts, self._return(trouble))
+        return self.path
+
+    def _train(self, engine: Engine, interrupts: Interrupts, news: str = "") -> Trouble | None:
+        """From the checkpoint taken up to the end, or to where training has to return to one."""
+        if self.checkpoint:
+            checkpoint.load(self.checkpoint, engine)
         log = Log(self.path, self.start) if self.cluster.rank == 0 else None
+        loop = Loop(
+            engine,
+            self.loader,
+            account=self.account,
+            log=log,
+            refused=Refused(self.path, self.loader, self.cluster),
+            start=self.start,
+            total_steps=self.total_steps,
+            steps_per_epoch=self.steps_per_epoch,
+            save=lambda step: self._save(engine, step, log),
+        )
         try:
-            with Interrupts() as interrupts:
-                Loop(
-                    engine,
-                    self.loader,
-                    account=self.account,
-                    log=log,
-                    start=self.start,
-                    total_steps=self.total_steps,
-                    steps_per_epoch=self.steps_per_epoch,
-                    save=lambda step: self._save(engine, step, log),
-                ).run(interrupts)
+            if news:
+                loop.tell(self.start + 1, news)  # of the step that comes next: a resumed run finds it out by itself
+            if self.checkpoint:
+                self.cluster.on_first(lambda: self._export(self.start))
+            else:
+                self._save(engine, 0, log)  # to return to; and a disk that is full is found before the first step
+            loop.run(interrupts)
+        except Trouble as trouble:
+            return trouble
         finally:
             if log:
                 log.close()
-        return self.path
+        return None
+
+    def _return(self, trouble: Trouble) -> str:
+        """Takes up the last good checkpoint, and the stream after the batches that were seen since. Says so. Raises
+        Diverged when that did not help before."""
+        good = self.cluster.on_first(lambda: checkpoint.newest(self.path))
+        assert good is not None  # there is one of step 0
+        limit, position = self.recipe.training.returns, trouble.step + self.skipped
+        self._take_up(good, position)
+        self.returns[self.start] += 1
+        if self.returns[self.start] > limit:
+            tried = f", after {limit} returns to step {self.start}" if limit else ""
+            raise Diverged(
+                f"training ended at step {trouble.step}: {trouble}{tried}; try a smaller optimizer.base_lr, a longer "
+                "warm-up, optimizer.clip or training.precision=fp32"
+            )
+        first = position - (trouble.step - self.start) + 1
+        return (
+            f"step {trouble.step}: {trouble}; training returns to step {self.start} and goes on past the batches "
+            f"{first} to {position} of the stream"
+        )
 
     def _open(self) -> None:
         """Makes the run folder and writes down the resolved recipe."""
@@ -180,7 +235,9 @@ class _Run:
     def _save(self, engine: Engine, step: int, log: Log | None) -> None:
         if log:
             log.flush()
-        state = {**self._state(step), "delivered": self.account.open(step) if self.account else []}
+        state = {**self._state(step), "skipped": self.skipped}
+        if self.account:
+            state |= self.account.open(step + self.skipped)
         checkpoint.save(self.path, engine, state, keep=self.recipe.training.keep)
         self.cluster.on_first(lambda: self._export(step))
 

@@ -23,6 +23,8 @@ FREE = (
         "training.log_every",
         "training.checkpoint_every",
         "training.keep",
+        "training.patience",
+        "training.returns",
     ),
 )
 
