@@ -1,6 +1,6 @@
 """Features of a corpus under frozen weights, and what must hold between those a probe learns from and is tested on."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,7 @@ class Features:
 
     def describe(self) -> dict[str, Any]:
         """JSON-able: what stands in a score's details."""
-        return {"dimension": self.X.shape[1], "pooling": asdict(self.pooling), **self.how}
+        return {"dimension": self.X.shape[1], "tokens": self.pooling.tag, **self.how}
 
 
 class Collapsed(UserError):

@@ -44,13 +44,16 @@ class Pooling:
 
     @property
     def tag(self) -> str:
-        """A name for it, of letters and digits; `from_tag` reads it."""
-        return f"cls{self.n_last_blocks}{'avg' if self.avgpool else ''}"
+        """Its name: cls, cls4, avg, cls+avg, cls4+avg; cls~avg where they are interleaved."""
+        cls = "cls" + (str(self.n_last_blocks) if self.n_last_blocks > 1 else "") if self.n_last_blocks else ""
+        return ("~" if self.interleave else "+").join(filter(None, (cls, "avg" if self.avgpool else "")))
 
     @classmethod
-    def from_tag(cls, tag: str) -> "Pooling | None":
-        found = re.fullmatch(r"cls(\d+)(avg)?", tag)
-        return cls(int(found[1]), bool(found[2])) if found else None
+    def parse(cls, tag: str) -> "Pooling":
+        """The pooling called `tag`. Raises UserError when there is none."""
+        if not (found := re.fullmatch(r"(?:cls(\d*))?([+~]?)(avg)?", tag)) or tag != _named(found).tag:
+            raise UserError(f"there are no tokens {tag!r}: choose cls, avg, cls+avg, cls4, cls4+avg or the like")
+        return _named(found)
 
     def width(self, embed_dim: int) -> int:
         """Of a feature."""
@@ -76,6 +79,12 @@ class Pooling:
         # An encoder without a class token speaks through its mean patch token.
         summaries = [t.avg if t.cls is None else t.cls for t in tokens[len(tokens) - self.n_last_blocks :]]
         return pool(summaries, tokens[-1].patches, self)
+
+
+def _named(found: re.Match[str]) -> Pooling:
+    blocks, sign, average = found.groups()
+    n = 0 if blocks is None else int(blocks or 1)
+    return Pooling(n, bool(average), sign == "~") if n or average else Pooling()
 
 
 def pool(cls_tokens: Sequence[Tensor], patches: Tensor, pooling: Pooling) -> Tensor:

@@ -82,16 +82,14 @@ class Protocol(ABC):
 class FeatureProtocol(Protocol):
     """A protocol on one feature vector per image."""
 
-    n_last_blocks: int = 1  # this and the next two: see `Pooling`
-    avgpool: bool = False
-    interleave: bool = False
+    tokens: str = "cls"  # which become the feature: cls, avg, cls+avg, cls4, …: see `Pooling`
     resize: int | None = None  # shorter side before the crop, pixels; None: as the weights say
 
     @property
     def pooling(self) -> "Pooling":
         from eval_probes.pooling import Pooling
 
-        return Pooling(self.n_last_blocks, self.avgpool, self.interleave)
+        return Pooling.parse(self.tokens)
 
     def poolings(self) -> "list[Pooling]":
         return [self.pooling]

@@ -177,5 +177,5 @@ class Claim:
 def _poolings(family: Path) -> Iterator[Pooling]:
     with suppress(FileNotFoundError):
         for path in family.iterdir():
-            if (pooling := Pooling.from_tag(path.name)) is not None:
-                yield pooling
+            if not path.name.startswith("."):
+                yield Pooling.parse(path.name)

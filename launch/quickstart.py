@@ -257,8 +257,8 @@ def _short_side(corpus: Path) -> int:
 
 # What each method's features are: DINO trains its class token, MAE leaves it idle and fills its patches.
 POOLING = {
-    "dino": (["n_last_blocks=1", "avgpool=false"], "class token"),
-    "mae": (["n_last_blocks=0", "avgpool=true"], "mean patch token"),
+    "dino": ("cls", "class token"),
+    "mae": ("avg", "mean patch token"),
 }
 
 
@@ -268,7 +268,7 @@ def _rows(settings: Settings, run: Path, corpora: Corpora) -> Iterator[Row]:
     labelled = _labelled(corpora.bank)
     store = ResultsStore(run / "results.sqlite")
     how = How(cache=str(settings.folder / "features"))
-    protocols = [find(name).override(POOLING[settings.objective][0]) for name in PROBES]
+    protocols = [find(name).override([f"tokens={POOLING[settings.objective][0]}"]) for name in PROBES]
     for name, weights in named.items():
         if not labelled and weights is PIXELS:
             continue

@@ -102,7 +102,7 @@ def _pooling(run: RunFolder, scores: list[Score]) -> Pooling:
     """The features of the last score of the trained encoder: the same ones are in the cache already."""
     for score in reversed(scores):
         if run.trained is not None and score.weights_digest == run.trained.digest:
-            return Pooling(**score.details.get("features", {}).get("pooling", {}))
+            return Pooling.parse(score.details["features"]["tokens"]) if "features" in score.details else Pooling()
     return Pooling()
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from eval_probes.pooling import Pooling
 from eval_probes.report import charts
 from eval_probes.report.charts import Curve, DotPlot, Interval, number
 from eval_probes.report.runfolder import RunFolder
@@ -205,10 +206,13 @@ def _interval(score: Score, kind: str) -> Interval:
 
 def pooling(score: Score) -> str:
     """Which tokens were the features, in words."""
-    how = score.details.get("features", {}).get("pooling") or {}
-    blocks, average = how.get("n_last_blocks", 1), how.get("avgpool", False)
+    tokens = score.details.get("features", {}).get("tokens")
+    if tokens is None:
+        return ""
+    how = Pooling.parse(tokens)
+    blocks = how.n_last_blocks
     parts = ["class token"] if blocks == 1 else [f"class tokens of the last {blocks} blocks"] if blocks else []
-    return " and ".join(parts + ["mean patch token"] * average)
+    return " and ".join(parts + ["mean patch token"] * how.avgpool)
 
 
 def _measured(score: Score) -> tuple[str, ...]:

@@ -100,3 +100,14 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     with pytest.raises(UserError, match="make room"):
         entry(tmp_path)
+
+
+@pytest.mark.parametrize("tag", ["cls", "cls4", "avg", "cls+avg", "cls4+avg", "cls~avg"])
+def test_a_pooling_has_one_name(tag):
+    assert Pooling.parse(tag).tag == tag
+
+
+@pytest.mark.parametrize("tag", ["", "cls1", "cls0", "+avg", "cls+", "cls4~avg", "patches", "clsavg", "~"])
+def test_other_names_are_refused(tag):
+    with pytest.raises(UserError):
+        Pooling.parse(tag)

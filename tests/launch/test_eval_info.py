@@ -86,7 +86,7 @@ def test_scores_of_a_run_are_kept_in_the_run(place, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(place / "run", run)
     assert evaluate(place, "knn", run) == 0
-    assert evaluate(place, "mae-linprobe", run / "exports" / "step_00000004", "avgpool=true") == 0
+    assert evaluate(place, "mae-linprobe", run / "exports" / "step_00000004", "tokens=cls+avg") == 0
     protocols = [s.protocol for s in ResultsStore(run / "results.sqlite").rows()]
     assert protocols == ["knn", "mae-linprobe"]
     capsys.readouterr()
@@ -131,7 +131,7 @@ def test_arguments_without_sense_are_one_line(place, capsys):
         ["kk=3"],
         ["temperature=0"],
         ["--batch-size", "0"],
-        ["n_last_blocks=0"],
+        ["tokens=patches"],
         ["--device", "quantum"],
     ):
         assert evaluate(place, "knn", place / "run", *rest) == 2
