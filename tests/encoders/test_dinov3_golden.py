@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from timm.layers import LayerNorm, RmsNorm
+from timm.layers import LayerNorm, LayerScale, RmsNorm, SwiGLU
 from timm.layers.pos_embed_sincos import RotaryEmbeddingDinoV3
 
 from selfsight.encoders import Encoder
@@ -175,3 +175,19 @@ def test_vit_small(golden, case):
     numbers.check(case, "x_norm_clstoken", tokens.cls)
     numbers.check(case, "x_storage_tokens", tokens.registers)
     numbers.check(case, "x_norm_patchtokens", tokens.patches)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_parts_of_its_blocks(golden, dtype):
+    """timm's layers, of which encoders are built, against the official ones."""
+    numbers = golden.load("dinov3_misc", dtype)
+    scale = LayerScale(6, numbers.hyper("layer_scale")["init_values"]).to(dtype)
+    norm = RmsNorm(6, eps=numbers.hyper("rms_norm")["eps"]).to(dtype)
+    norm.load_state_dict(numbers.weights("rms_norm"))
+    hyper = numbers.hyper("swiglu")
+    swiglu = SwiGLU(6, int(hyper["hidden_features"] * 2 / 3), align_to=hyper["align_to"]).to(dtype)
+    ours = {"w1": "fc1_g", "w2": "fc1_x", "w3": "fc2"}
+    swiglu.load_state_dict({f"{ours[n[:2]]}{n[2:]}": w for n, w in numbers.weights("swiglu").items()})
+    numbers.check("layer_scale", "gamma", scale.gamma)
+    for case, layer in {"layer_scale": scale, "rms_norm": norm, "swiglu": swiglu}.items():
+        numbers.check(case, "y", layer(numbers.inputs(case)["x"]))
