@@ -9,6 +9,10 @@ from types import ModuleType
 import pytest
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--objective", action="append", help="what tests/objectives/test_conformance.py is to test")
+
+
 @pytest.fixture(scope="session")
 def golden() -> ModuleType:
     """The module tests/golden/golden.py: `golden.load("dino_loss").check(case, name, mine)`, `golden.to_dino(w)`, …"""

@@ -13,7 +13,8 @@ from PIL import Image
 from launch import cli
 from selfsight.corpus import build
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 RUN = "quickstart/procedural-0/dino-0"
 BLOCKS = re.findall(r"^```(?:python|yaml)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 COMMANDS = re.findall(r"^    (?:\$ |PYTHONPATH=\. |.+ -m )(?:selfsight|launch) (.+)$", README, flags=re.MULTILINE)
@@ -54,6 +55,20 @@ def test_the_command_line_takes_what_the_readme_types(command):
 
 def test_the_objective_of_the_readme_trains(folder):
     assert (folder / RUN / "exports/step_00000002/model.safetensors").is_file()
+
+
+def test_the_objective_of_the_readme_conforms(folder):
+    """All that is asked of the objectives in the package, by the command that the README names."""
+    (command,) = re.findall(r"`pytest (tests/objectives/\S+ --objective \S+)`", README)
+    arguments = [sys.executable, "-m", "pytest", *command.split(), "-q", "-p", "no:cacheprovider"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+    }
+    ran = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout
+    assert int(re.findall(r"(\d+) passed", ran.stdout)[0]) >= 10
 
 
 def test_the_weights_load_as_the_readme_says(folder, monkeypatch):

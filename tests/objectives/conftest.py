@@ -6,6 +6,8 @@ from types import ModuleType
 
 import pytest
 
+from selfsight.objectives import available
+
 
 @pytest.fixture(scope="session")
 def harness() -> ModuleType:
@@ -15,3 +17,19 @@ def harness() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def objectives(config: pytest.Config) -> list[str]:
+    """Those of --objective, or all."""
+    return config.getoption("objective") or available()
+
+
+@pytest.fixture
+def names(request) -> list[str]:
+    return objectives(request.config)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Runs a test of the conformance for each objective."""
+    if metafunc.module.__name__.endswith("test_conformance") and "name" in metafunc.fixturenames:
+        metafunc.parametrize("name", objectives(metafunc.config))

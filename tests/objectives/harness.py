@@ -1,7 +1,7 @@
 """What the conformance test does with any objective: builds a small one, feeds it from its own view spec, trains it.
 
 Run as a program it is one of several ranks, each of which takes its part of the same batch:
-    python harness.py RANK WORLD_SIZE RENDEZVOUS_FILE OUTPUT_FILE
+    python harness.py RANK WORLD_SIZE RENDEZVOUS_FILE OUTPUT_FILE OBJECTIVE…
 """
 
 import sys
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from selfsight.collective import Collective, DistributedCollective
-from selfsight.objectives import Objective, Progress, available, find
+from selfsight.objectives import Objective, Progress, find
 from selfsight.recipe import EncoderConfig
 
 ENCODER = EncoderConfig(
@@ -112,11 +112,11 @@ def make_exact(objective: Objective, size: int) -> dict[str, Tensor]:
     return {name: x.double() for name, x in make_batch(objective, size).items()}
 
 
-def one_rank(rank: int, world_size: int, rendezvous: str, output: str) -> None:
+def one_rank(rank: int, world_size: int, rendezvous: str, output: str, names: list[str]) -> None:
     torch.distributed.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=world_size)
     collective = DistributedCollective()
     found = {}
-    for name in available():
+    for name in names:
         objective = small(name, collective)
         batch = make_exact(objective, 6)
         each = 6 // world_size
@@ -132,4 +132,4 @@ def one_rank(rank: int, world_size: int, rendezvous: str, output: str) -> None:
 
 
 if __name__ == "__main__":
-    one_rank(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])
+    one_rank(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5:])
