@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from timm.layers.attention import Attention
 from torch import Tensor
 
 from selfsight.encoders import Encoder
@@ -82,12 +81,11 @@ class PatchMaps:
 def patch_maps(encoder: Encoder, images: Sequence[Image.Image], *, img_size: int, attention: bool = True) -> PatchMaps:
     """Runs `encoder` on `images`, larger than it was trained on if its grid is coarse.
 
-    There are no attention maps without a class token, or where a block computes attention in another way than timm's.
+    There are no attention maps without a class token, or of an encoder that has none.
     """
     device = next(encoder.parameters()).device
     scale = min(max(round(FINE_GRID / encoder.grid(img_size)), 1), LARGEST_SCALE)
     size = img_size * scale
-    plain = attention and all(type(block.attn) is Attention for block in encoder.vit.blocks)
     patches, looks = [], []
     for image in images:  # one by one: attention is quadratic in the number of patches
         pixels = normalised(square(image, size)).to(device)[None]  # (1, 3, size, size)
@@ -95,7 +93,7 @@ def patch_maps(encoder: Encoder, images: Sequence[Image.Image], *, img_size: int
         assert tokens.grid is not None, "all patches were kept"
         h, w = tokens.grid
         patches.append(tokens.patches[0].float().cpu().reshape(h, w, -1).numpy())
-        if tokens.cls is not None and plain:
+        if attention and tokens.cls is not None and encoder.has_attention_maps:
             weights = encoder.last_attention(pixels)[0, :, 0, -h * w :].float()  # (heads, h·w): class token → patches
             weights = weights / weights.sum(dim=1, keepdim=True)
             looks.append(weights.cpu().reshape(-1, h, w).numpy())

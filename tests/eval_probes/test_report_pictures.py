@@ -26,10 +26,9 @@ def test_no_more_images_than_there_are(labels):
     assert sorted(pictures.choose(3, labels, 8)) == [0, 1, 2]
 
 
-def test_patch_maps_are_finer_than_the_training_grid():
-    config = EncoderConfig(
-        "vit_tiny_patch16_224", 16, args={"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
-    )
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_tiny_patch16_dinov3_qkvb"])
+def test_patch_maps_are_finer_than_the_training_grid(name):
+    config = EncoderConfig(name, 16, args={"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3})
     torch.manual_seed(0)
     encoder = encoders.build(config, drop_path=False).eval()
     images = [Image.effect_mandelbrot((30, 20), (-2, -1.5, 1, 1.5), 60).convert("RGB")] * 2
@@ -42,7 +41,7 @@ def test_patch_maps_are_finer_than_the_training_grid():
     np.testing.assert_array_equal(maps.patches[0], maps.patches[1])
     # The class token's own row of the attention, patches only, in the image's order.
     pixels = pictures.normalised(pictures.square(images[0], 64))[None]
-    expected = encoder.last_attention(pixels)[0, 1, 0, 1:].detach().reshape(16, 16)
+    expected = encoder.last_attention(pixels)[0, 1, 0, encoder.num_prefix :].detach().reshape(16, 16)
     np.testing.assert_allclose(maps.attention[0, 1], expected / expected.sum(), rtol=1e-5)
 
 

@@ -159,3 +159,8 @@ def test_views():
 def test_wrong_recipes(keys, sentence):
     with pytest.raises(UserError, match=sentence):
         Data2Vec2(small(**keys), encoder())
+
+
+def test_other_blocks_are_refused():
+    with pytest.raises(UserError, match="plain blocks and vit_tiny_patch16_dinov3_qkvb has others"):
+        Data2Vec2(small(), EncoderConfig("vit_tiny_patch16_dinov3_qkvb", img_size=32, args=encoder().args))

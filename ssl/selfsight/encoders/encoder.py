@@ -136,11 +136,16 @@ class Encoder(nn.Module):
         layers = deque(self._layers([x_BTD], [grid]), maxlen=n)
         return [self._split(self._norm(x_BTD) if norm else x_BTD, grid) for (x_BTD,) in layers]
 
+    @property
+    def has_attention_maps(self) -> bool:
+        """Whether `last_attention` knows how the last block computes its attention."""
+        return is_residual(self.vit.blocks[-1]) and has_heads(self.vit.blocks[-1].attn)
+
     def last_attention(self, images: Tensor) -> Tensor:
         """Attention probabilities of the last block, (B, heads, T, T): rows are queries."""
-        last = self.vit.blocks[-1]
-        if not is_residual(last) or not has_heads(last.attn):
+        if not self.has_attention_maps:
             raise UserError("attention maps are there for plain attention only")
+        last = self.vit.blocks[-1]
         x_BTD, grid = self.prepare_tokens(images)
         for (after_BTD,) in self._layers([x_BTD], [grid], blocks=self.depth - 1):
             x_BTD = after_BTD

@@ -110,21 +110,14 @@ class Data2Vec2(Objective):
         for block in vit.blocks[:first]:
             x = block(x)
         for block in vit.blocks[first:]:
-            assert isinstance(block, Block)
             x = x + block.ls1(block.attn(block.norm1(x)))  # timm's block, opened up; a teacher drops no path
             outputs.append(block.mlp(block.norm2(x)))
             x = x + block.ls2(outputs[-1])
         return vit.norm(x)[:, prefix:].mean(dim=1), [out[:, prefix:] for out in outputs]
 
     def _encode(self, images: Tensor, keep: Tensor) -> Tensor:
-        """Tokens (B·M, P + n_keep, D) of every version; patches are embedded once per image."""
-        vit, prefix = self.student.vit, self.student.num_prefix
-        x = repeat(self.student.prepare_tokens(images)[0], "b t d -> (b m) t d", m=self.config.clone_batch)
-        shown = x[:, prefix:].gather(1, keep.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-        x = torch.cat([x[:, :prefix], shown], dim=1)
-        for block in vit.blocks:
-            x = block(x)
-        return vit.norm(x)
+        """Tokens (B·M, P + n_keep, D) of every version."""
+        return self.student(images.repeat_interleave(self.config.clone_batch, dim=0), keep=keep).sequence
 
     def _decode(self, shown: Tensor, keep: Tensor) -> Tensor:
         """Tokens (B·M, n_keep, D) at the places `keep` → predictions (B·M, N, D) of all patches.
@@ -152,6 +145,11 @@ class Data2Vec2(Objective):
 
     def _check(self, encoder: EncoderConfig) -> None:
         c = self.config
+        if any(type(block) is not Block for block in self.student.vit.blocks):
+            raise UserError(
+                f"data2vec2 looks into timm's plain blocks and {encoder.name} has others: "
+                "choose vit_base_patch16_224, say"
+            )
         for key in ("clone_batch", "mask_length", "decoder_dim", "decoder_groups", "decoder_layers", "decoder_kernel"):
             check_range(f"objective.{key}", getattr(c, key), 1)
         check_range("objective.ema_anneal_end_step", c.ema_anneal_end_step, 1)

@@ -52,6 +52,7 @@ class Distillation(DINOv2):
                 name=config.teacher_name,
                 img_size=encoder.img_size,
                 drop_path_rate=config.teacher_drop_path_rate,
+                drop_path_uniform=config.teacher_drop_path_rate > 0,
                 args=config.teacher_args,
             )
             self.large = DINOv2(config, its_encoder, collective)

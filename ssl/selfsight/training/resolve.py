@@ -77,6 +77,9 @@ def settle(recipe: Recipe, *, chunks: int | None = None, sharing: int = 1) -> No
     if recipe.stream.crops is None:
         cuda = torch.cuda.is_available()
         recipe.set("stream.crops", "device" if cuda else "cpu", "where training runs" if cuda else "no GPU")
+    if recipe.encoder.compile is None:
+        cuda = torch.cuda.is_available()
+        recipe.set("encoder.compile", cuda, "where training runs, it pays" if cuda else "no GPU")
     if recipe.stream.decode == "device" and recipe.stream.crops == "cpu":
         raise UserError("stream.decode=device wants the crops on the device, too: set stream.crops=device")
     if recipe.stream.lanes is None and chunks is not None:

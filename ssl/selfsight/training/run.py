@@ -127,6 +127,7 @@ class _Run:
         """state.json of a checkpoint at `step`."""
         recipe = self.recipe
         interpolation = self.objective.get_submodule("student").pos_interpolation
+        encoder = {key: value for key, value in asdict(recipe.encoder).items() if key != "compile"}  # how, not what
         return {
             "step": step,
             "total_steps": self.total_steps,
@@ -138,7 +139,7 @@ class _Run:
             "world_size": self.cluster.world_size,
             "zero": recipe.training.zero,
             "objective": recipe.objective_name,
-            "encoder": {**asdict(recipe.encoder), "pos_interpolation": interpolation},
+            "encoder": {**encoder, "pos_interpolation": interpolation},
         }
 
     def go(self) -> Path:

@@ -16,6 +16,7 @@ FREE = (
     *("corpus", "selection", "mixture", "unindexed.shards", "output"),  # what they hold is in the corpus id
     "weights",  # likewise in weights_sha256
     *(
+        "encoder.compile",
         "stream.workers",
         "stream.crops",
         "stream.decode",
