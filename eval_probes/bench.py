@@ -81,6 +81,11 @@ class Bench:
     def run(self, protocols: Iterable[Protocol]) -> list[Score]:
         """All scores of the protocols, in their order, from as few passes over the images as they allow."""
         protocols = list(protocols)
+        self.prepare(protocols)
+        return [score for protocol in protocols for score in protocol.run(self)]
+
+    def prepare(self, protocols: Iterable[Protocol]) -> None:
+        """Extracts what several protocols want in one pass."""
         shared: dict[int | None, list[Pooling]] = {}
         for protocol in protocols:
             shared.setdefault(getattr(protocol, "resize", None), []).extend(protocol.poolings())
@@ -88,4 +93,3 @@ class Bench:
             if len(set(poolings)) > 1:
                 for corpus in filter(None, (self.train, self.test)):
                     self.features(corpus, reduce(or_, poolings), resize=resize)
-        return [score for protocol in protocols for score in protocol.run(self)]

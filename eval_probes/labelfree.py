@@ -104,6 +104,7 @@ class LabelFree(FeatureProtocol):
     """RankMe, α-ReQ, uniformity and spread on the test corpus."""
 
     kind = "label-free"
+    needs = ("test",)
     images: int = 10_000  # looked at, evenly spread over the corpus
 
     def run(self, bench: Bench) -> list[Score]:

@@ -39,6 +39,7 @@ class Protocol(ABC):
 
     kind: ClassVar[str]  # what is computed: knn, linear, …
     version: ClassVar[int] = 1
+    needs: ClassVar[tuple[str, ...]] = ("train", "test")  # of the bench's corpora
     name: str = ""  # of the preset it is, or was made from; else the kind
 
     def __post_init__(self) -> None:

@@ -156,22 +156,27 @@ class ResultsStore:
             _create(db, self.path)
             db.executemany(insert, [(now, *_packed(score)) for score in scores])
 
-    def rows(self) -> list[Score]:
-        """Every score, oldest first."""
+    def rows(self, **wanted: str | None) -> list[Score]:
+        """Every score, oldest first, or those whose columns have the values `wanted`."""
         if not self.path.is_file():
             return []
+        which = " AND ".join(f"{column} IS ?" for column in wanted) or "TRUE"
+        select = f"SELECT {', '.join(self.COLUMNS)} FROM scores WHERE {which} ORDER BY id"
         with self._open("ro") as db:
             _version(db, self.path)
-            found = db.execute(f"SELECT {', '.join(self.COLUMNS)} FROM scores ORDER BY id").fetchall()
+            found = db.execute(select, tuple(wanted.values())).fetchall()
         return [_unpacked(dict(zip(self.COLUMNS, row, strict=True))) for row in found]
 
     def find(self, protocol: Protocol, subject: Subject, train: str | None, test: str | None) -> list[Score]:
-        """The scores that `protocol` gave `subject` on the corpora with these ids, of the last time it was run."""
-        wanted = (protocol.digest, subject.digest, train, test)
-        same = [
-            s for s in self.rows() if (s.protocol_digest, s.weights_digest, s.train_corpus, s.test_corpus) == wanted
-        ]
-        return list({score.metric: score for score in same}.values())
+        """The scores that `protocol` gave `subject`, of the last time it was run; on the corpora with these ids, as far
+        as it needs them."""
+        found = self.rows(
+            protocol_digest=protocol.digest,
+            weights_digest=subject.digest,
+            train_corpus=train if "train" in protocol.needs else None,
+            test_corpus=test if "test" in protocol.needs else None,
+        )
+        return list({score.metric: score for score in found}.values())
 
     @contextmanager
     def _open(self, mode: str = "rwc") -> Iterator[sqlite3.Connection]:

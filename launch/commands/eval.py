@@ -26,6 +26,41 @@ def add(subparsers) -> None:
         parser.add_argument("--keys", action="store_true", help="show the protocol's numbers and its digest, and stop")
         parser.set_defaults(run=run, protocol=name)
 
+    _add_suite(verbs)
+    _add_watch(verbs)
+
+
+def _add_suite(verbs) -> None:
+    parser = verbs.add_parser("suite", help="several protocols at once; what was measured before is not measured again")
+    parser.add_argument("weights", metavar="WEIGHTS", help="export folder, run (its newest export), or: pixels")
+    parser.add_argument(
+        "--suite", default="quick", metavar="YAML", help="a file, or one that comes along: quick (default)"
+    )
+    corpora(parser)
+    computing(parser)
+    parser.add_argument("--results", metavar="FILE", help="results store (default: the run's own)")
+    parser.add_argument("--json", action="store_true", help="one JSON array on stdout")
+    parser.set_defaults(run=run_suite)
+
+
+def _add_watch(verbs) -> None:
+    parser = verbs.add_parser("watch", help="a suite on every checkpoint of a run as it completes")
+    parser.add_argument("run_folder", metavar="RUN", type=Path)
+    parser.add_argument(
+        "--suite", default="quick", metavar="YAML", help="a file, or one that comes along: quick (default)"
+    )
+    corpora(parser)
+    computing(parser)
+    parser.add_argument(
+        "--policy", choices=["every", "newest"], default="every", help="which checkpoints (default every)"
+    )
+    parser.add_argument(
+        "--budget", type=float, default=1.0, metavar="SHARE", help="of the time that may go into it (1)"
+    )
+    parser.add_argument("--poll", type=float, default=10.0, metavar="SECONDS", help="between two looks (default 10)")
+    parser.add_argument("--once", action="store_true", help="measure what is there, and stop")
+    parser.set_defaults(run=run_watch)
+
 
 def corpora(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train", metavar="DIR", help="corpus that the probe learns from")
@@ -64,6 +99,47 @@ def run(args: argparse.Namespace) -> int:
         stores.append(owner / "results.sqlite")
     keep(scores, stores)
     return 0
+
+
+def run_suite(args: argparse.Namespace) -> int:
+    from eval_probes import suite
+    from eval_probes.bench import Bench
+    from eval_probes.results import ResultsStore
+    from selfsight.console import say
+    from selfsight.weights.run import run_of
+
+    protocols = suite.load(args.suite)
+    bench = Bench.open(args.weights, args.train, args.test, how(args))
+    owner = run_of(Path(args.weights))
+    place = args.results or (owner / "results.sqlite" if owner else None)
+    outcomes = []
+    for outcome in suite.run(bench, protocols, ResultsStore(place) if place else None):
+        outcomes.append(outcome)
+        if outcome.fault:
+            say(f"selfsight: {outcome.protocol.name}: {outcome.fault}")
+        if not args.json:
+            tell(outcome.scores, as_json=False)
+    if args.json:
+        print(json.dumps([score.to_dict() for outcome in outcomes for score in outcome.scores]))
+    return 2 if any(outcome.fault for outcome in outcomes) else 0
+
+
+def run_watch(args: argparse.Namespace) -> int:
+    from eval_probes import suite
+    from eval_probes.watch import Watcher
+    from selfsight.console import say
+    from selfsight.shards.corpus import Corpus
+
+    train, test = (None if c is None else Corpus.open(c) for c in (args.train, args.test))
+    watcher = Watcher(args.run_folder, suite.load(args.suite), train, test, how(args), args.policy, args.budget)
+    faults = 0
+    for step, outcome in watcher.watch(poll=args.poll, follow=not args.once):
+        if outcome.fault:
+            faults += 1
+            say(f"selfsight: step {step}, {outcome.protocol.name}: {outcome.fault}")
+        for score in outcome.scores:
+            print(f"step {step}  {score.protocol}  {score.metric}  {score.said()}", flush=True)
+    return 2 if faults else 0
 
 
 def tell(scores, *, as_json: bool) -> None:
