@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from launch import cli
+from selfsight import objectives
 from selfsight.corpus import build
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,6 +70,18 @@ def test_the_objective_of_the_readme_conforms(folder):
     ran = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout
     assert int(re.findall(r"(\d+) passed", ran.stdout)[0]) >= 10
+
+
+@pytest.mark.parametrize("name", objectives.available())
+def test_every_objective_has_its_place(name):
+    """In the docs, with its equations; among the tests; and among the recipes, with the published one."""
+    docs = (ROOT / "docs/objectives.md").read_text(encoding="utf-8")
+    assert f"| [`{name}`](#{name}) |" in docs
+    entry = docs.split(f"\n### {name}\n")[1].split("\n#")[0]
+    assert re.search(r"^    \S+.* = ", entry, flags=re.MULTILINE)
+    assert (ROOT / f"tests/objectives/test_{name}.py").is_file()
+    recipes = {path.stem.rsplit("_", 1)[-1] for path in (ROOT / "configs" / name).glob("*.yaml")}
+    assert {"imagenet", "cifar10"} <= recipes
 
 
 def test_the_weights_load_as_the_readme_says(folder, monkeypatch):

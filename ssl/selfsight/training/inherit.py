@@ -9,6 +9,7 @@ is matched by guessing; what does not fit is refused by name.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -83,7 +84,8 @@ def inherit(objective: Objective, source: Source) -> str:
     state = objective.inherit(state)
     tables = {key for key in state.keys() & own.keys() if key.endswith(TABLE) and state[key].shape != own[key].shape}
     for key in tables:
-        state[key] = _resampled(state[key], source.encoder, objective.get_submodule(key.removesuffix(TABLE)))
+        encoder: Any = objective.get_submodule(key.removesuffix(TABLE))
+        state[key] = _resampled(state[key], source.encoder, encoder)
     if apart := _difference(own, state, wanted):
         raise UserError(f"{source.path} {apart}: give encoder and objective the values they had there{advice}")
     objective.load_state_dict(own | state)
