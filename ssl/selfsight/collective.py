@@ -77,3 +77,9 @@ class _Gather(torch.autograd.Function):
         grad = grad.clone()
         torch.distributed.all_reduce(grad)
         return grad[ctx.rank * ctx.n : (ctx.rank + 1) * ctx.n], None, None
+
+
+def own_part(parameter: Tensor) -> Tensor:
+    """What a rank holds of a parameter, sharing its memory: all of it or, once the trainer shards it (ZeRO-3), a flat
+    stretch, on some ranks with padding behind. Two parameters of one shape are cut alike."""
+    return getattr(parameter, "ds_tensor", parameter)

@@ -90,7 +90,8 @@ class UnindexedConfig:
 
 @dataclass
 class TrainingConfig:
-    zero: int = 1  # DeepSpeed ZeRO stage: 0 or 1
+    zero: int = 1  # DeepSpeed ZeRO stage; shards the optimiser's state (1), gradients too (2), parameters too (3)
+    offload: bool = False  # the optimiser's state and step on the CPU; needs zero of 1 or more
     precision: str | None = None  # fp32, or bf16 autocast over fp32 weights; null = bf16 on a GPU that has it
     accumulation: int = 1  # micro-batches per optimiser step
     log_every: int = 10  # steps

@@ -80,10 +80,11 @@ def has_heads(attn: nn.Module) -> bool:
 
 def heads(attn: Any, x_SD: Tensor, groups: Sequence[Group]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Queries, keys and values, each (B, heads, T, head_dim) for every group, queries and keys rotated."""
-    bias = attn.qkv.bias
-    if getattr(attn, "q_bias", None) is not None:  # EVA's keys have a bias that is always zero
-        bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
-    qkv = rearrange(F.linear(x_SD, attn.qkv.weight, bias), "s (three h d) -> three s h d", three=3, h=attn.num_heads)
+    if getattr(attn, "q_bias", None) is None:
+        qkv_SD = attn.qkv(x_SD)
+    else:  # EVA's keys have a bias that is always zero
+        qkv_SD = F.linear(x_SD, attn.qkv.weight, torch.cat([attn.q_bias, attn.k_bias, attn.v_bias]))
+    qkv = rearrange(qkv_SD, "s (three h d) -> three s h d", three=3, h=attn.num_heads)
     q, k, v = (
         [part.transpose(1, 2) for part in unpack(x, groups)] for x in (attn.q_norm(qkv[0]), attn.k_norm(qkv[1]), qkv[2])
     )

@@ -4,8 +4,7 @@ the patches to keep; named tokens come out. Its state dict is timm's, name by na
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from einops import rearrange
@@ -23,8 +22,7 @@ from selfsight.errors import UserError
 PosInterpolation = Literal["dino", "timm"]
 
 
-@dataclass(frozen=True)
-class Tokens:
+class Tokens(NamedTuple):  # a tuple, in which DeepSpeed finds the tensors that ZeRO-3's backward pass begins at
     """What an encoder says about B images: R registers and N patches (or the n_keep kept ones) of D dimensions."""
 
     cls: Tensor | None  # (B, D); None if the architecture has no class token

@@ -6,9 +6,9 @@ features of this micro-batch. The trainer owns every side effect: optimiser, EMA
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -33,13 +33,12 @@ class Progress:
         return self.step // self.steps_per_epoch
 
 
-@dataclass
-class Outcome:
+class Outcome(NamedTuple):  # a tuple, in which DeepSpeed finds the tensors that ZeRO-3's backward pass begins at
     """What a forward pass gives. `loss` is a scalar with a graph; the rest is detached."""
 
     loss: Tensor  # ()
     features: Tensor  # (B, D) global features of this micro-batch, from which the monitors tell collapse
-    metrics: dict[str, Tensor] = field(default_factory=dict)  # scalars, left on the device
+    metrics: Mapping[str, Tensor] = {}  # scalars, left on the device
 
 
 @dataclass(frozen=True)

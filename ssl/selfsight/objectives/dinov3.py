@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from selfsight import encoders
-from selfsight.collective import Collective
+from selfsight.collective import Collective, own_part
 from selfsight.encoders import Tokens
 from selfsight.errors import UserError, check_range
 from selfsight.losses import gram_loss, koleo
@@ -134,10 +134,12 @@ class DINOv3(DINOv2):
         refreshes = (step - c.gram_start) // c.gram_refresh_every
         return 1 + (refreshes if c.gram_refreshes is None else min(refreshes, c.gram_refreshes))
 
+    @torch.no_grad()
     def _refresh(self, due: int) -> None:
         # Counted, not timed: one that was due at a step that was refused comes after the next that is taken.
         if self.gram_teacher is not None and due > self.copies:
-            self.gram_teacher.load_state_dict(self.teacher.state_dict())
+            for p, copy_of_p in zip(self.teacher.parameters(), self.gram_teacher.parameters(), strict=True):
+                own_part(copy_of_p).copy_(own_part(p))
             self.copies = due
 
     def inherit(self, state: dict[str, Tensor]) -> dict[str, Tensor]:

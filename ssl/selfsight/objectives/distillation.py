@@ -97,16 +97,16 @@ class Distillation(DINOv2):
         t, beside = self.see_as_teacher(batch, progress)
         assert s.grid is not None
         assert t.grid is not None
-        t = replace(t, patches=encoders.resize_patches(t.patches, t.grid, s.grid), grid=s.grid)
+        t = t._replace(patches=encoders.resize_patches(t.patches, t.grid, s.grid), grid=s.grid)
         if self.matches_features:
             outcome = self.match(t, s)
         else:
             outcome = self.judge(batch, t, s, cls_s, self.masks(batch["mask"]), progress)
-        outcome.features = cls_s[: batch["global"].shape[1]].detach()
+        loss, metrics = outcome.loss, outcome.metrics
         if beside is not None:
-            outcome.loss = outcome.loss + beside.loss
-            outcome.metrics |= {f"large_{name}": value for name, value in beside.metrics.items()}
-        return outcome
+            loss = loss + beside.loss
+            metrics = {**metrics, **{f"large_{name}": value for name, value in beside.metrics.items()}}
+        return Outcome(loss, cls_s[: batch["global"].shape[1]].detach(), metrics)
 
     def see_as_teacher(self, batch: dict[str, Tensor], progress: Progress) -> tuple[Tokens, Outcome | None]:
         """The large teacher's tokens of the global crops and, if it is live, what its own training step gives."""

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from selfsight.errors import UserError
 from selfsight.files import sync, sync_files
+from selfsight.training import sharding
 from selfsight.training.cluster import Cluster
 from selfsight.training.engine import STATE, Engine
 from selfsight.weights.checkpoint import OBJECTIVE
@@ -59,7 +60,6 @@ def save(run: Path, engine: Engine, state: dict[str, Any], *, keep: int) -> Path
         temporary.mkdir(parents=True)
 
     def publish() -> None:
-        weights = {k: v.detach().cpu().clone() for k, v in engine.objective.state_dict().items()}  # no shared storage
         save_file(weights, temporary / OBJECTIVE)
         for script in temporary.glob("zero_to_*.py"):  # DeepSpeed's converters: the safetensors file is what they make
             script.unlink()
@@ -79,6 +79,7 @@ def save(run: Path, engine: Engine, state: dict[str, Any], *, keep: int) -> Path
 
     cluster.on_first(lambda: _tell(final, begin))
     cluster.together(lambda: _tell(final, lambda: engine.save(temporary)))
+    weights = engine.whole_state()
     cluster.on_first(lambda: _tell(final, publish))
     return final
 
@@ -94,7 +95,8 @@ def check(path: Path, state: dict[str, Any], expected: dict[str, Any]) -> None:
     finished = state["step"] >= state["total_steps"]
     if state["zero"] and not finished and state["world_size"] != expected["world_size"]:
         raise UserError(
-            f"{path} was written by {state['world_size']} processes under ZeRO-1 and this is {expected['world_size']}: "
+            f"{path} was written by {state['world_size']} processes under ZeRO-{state['zero']} and this is "
+            f"{expected['world_size']}: "
             f"start {state['world_size']} processes (ZeRO-0 checkpoints go with any number)"
         )
 
@@ -112,7 +114,7 @@ def load(path: Path, engine: Engine) -> None:
             f"{path} is damaged ({STATE}/{damaged[0]} is missing or cut short): "
             "remove it to continue from the one before"
         )
-    engine.load(path, read_tensors(path / OBJECTIVE, engine.objective.state_dict()))
+    engine.load(path, read_tensors(path / OBJECTIVE, sharding.shapes(engine.objective)))
 
 
 def _sizes(folder: Path) -> dict[str, int]:

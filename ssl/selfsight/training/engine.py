@@ -1,12 +1,11 @@
 """One optimiser step under DeepSpeed: forward, backward, norms, clipping, the step or its refusal, the teacher.
 
-In: the micro-batches of a step. Out: what happened. Weights, moments and teacher are fp32 under ZeRO 0 and 1; bf16 is
-autocast around the forward pass, never DeepSpeed's own bf16 mode, which rounds the master weights and, at stage 0,
+In: the micro-batches of a step. Out: what happened. Weights, moments and teacher are fp32 under every ZeRO stage; bf16
+is autocast around the forward pass, never DeepSpeed's own bf16 mode, which rounds the master weights and, at stage 0,
 takes a hidden step at start-up.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from math import isfinite, nan
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from selfsight.objectives import Objective, Progress
 from selfsight.recipe import Recipe
-from selfsight.training import noise, optim, schedules
+from selfsight.training import noise, optim, schedules, sharding
 from selfsight.training.cluster import Cluster
 from selfsight.training.teacher import Teacher
 
@@ -59,10 +58,12 @@ class Engine:
         groups = optim.parameter_groups(objective, self.rules, config)
         self.clip_units = optim.clip_units(groups, config.clip_per)
         objective.to(cluster.device)
-        self.optimizer: Any = optim.build(config, groups, fused=cluster.device.type == "cuda")
-        self.engine: Any = deepspeed.initialize(
-            model=objective, optimizer=self.optimizer, config=deepspeed_config(recipe, cluster.world_size)
-        )[0]
+        fused = cluster.device.type == "cuda" or recipe.training.offload
+        self.optimizer: Any = optim.build(config, groups, fused=fused)
+        with sharding.frugal_linear(recipe.training.zero):
+            settings = sharding.deepspeed_config(recipe, cluster.world_size)
+            self.engine: Any = deepspeed.initialize(model=objective, optimizer=self.optimizer, config=settings)[0]
+        sharding.clear_padding(self.engine)
         self.teacher = Teacher(objective.teacher_pairs())
 
     def step(
@@ -80,31 +81,31 @@ class Engine:
         decay = schedules.weight_decay(config, progress)
         momentum = self.objective.teacher_momentum(progress)
         optim.set_schedule(self.optimizer, self.rules, progress, lr=lr, weight_decay=decay)
-        bf16 = self.recipe.training.precision == "bf16"
 
         losses, metrics, features = [], [], []
-        for i, batch in enumerate(batches):
-            with torch.autocast(self.cluster.device.type, torch.bfloat16) if bf16 else nullcontext():
+        with sharding.frugal_linear(self.recipe.training.zero):
+            for i, batch in enumerate(batches):
                 outcome = self.engine(batch, progress)
-            losses.append(outcome.loss.detach().float())
-            metrics.append(outcome.metrics)
-            features.append(outcome.features.detach())
-            self.engine.backward(outcome.loss)
-            if i < len(batches) - 1:
-                self.engine.step()  # not a boundary: counts the micro-batch, moves nothing
+                losses.append(outcome.loss.detach().float())
+                metrics.append(outcome.metrics)
+                features.append(outcome.features.detach())
+                self.engine.backward(outcome.loss)  # divides by the number of micro-batches
+                if i < len(batches) - 1:
+                    self.engine.step()  # not a boundary: counts the micro-batch, moves nothing
 
-        gradients = optim.averaged_gradients(self.engine)
+        gradients = sharding.averaged_gradients(self.engine)
         own = torch.stack(losses)
         loss, stop, norms = self._agree(own.mean(), asked_to_stop(), gradients)
         taken = isfinite(loss) and all(isfinite(n) for n in norms)
         if taken and config.clip > 0:
             optim.clip(gradients, norms, config.clip, self.clip_units)
         if taken:
-            self.optimizer.prepare(optim.held(self.engine, gradients), self._total)
+            self.optimizer.prepare(sharding.held(self.engine, gradients), self._total)
         spread = self._spread(gradients, progress) if taken and measure else (nan, nan)
         del gradients  # the step frees them
         self.optimizer.skip = not taken
         self.engine.step()
+        sharding.forget_gradients(self.engine)
         if taken:
             self.teacher.follow(momentum)
             self.objective.after_step()
@@ -124,13 +125,19 @@ class Engine:
         return mean, stops > 0, [s**0.5 for s in squared]
 
     def _spread(self, gradients: list[list[Tensor]], progress: Progress) -> tuple[float, float]:
-        measured = noise.measure(self.optimizer, optim.held(self.engine, gradients), progress.step)
+        measured = noise.measure(self.optimizer, sharding.held(self.engine, gradients), progress.step)
         power, signal = self._total(measured.to(self.cluster.device)).tolist()
         return (signal, self.recipe.batch_size * (power - signal)) if power else (nan, nan)
 
     def _total(self, x: Tensor) -> Tensor:
         """What ranks hold of a sum over whole tensors, added up; under ZeRO-0 each has all of it."""
-        return x if self.recipe.training.zero == 0 else self.cluster.sum(x)
+        if self.recipe.training.zero == 0:
+            return x
+        return self.cluster.sum(x.to(self.cluster.device)).to(x.device)  # offloaded, it comes from the CPU
+
+    def whole_state(self) -> dict[str, Tensor]:
+        """On rank 0 the objective's whole state, copied to the CPU; elsewhere nothing. All ranks call it."""
+        return sharding.whole_state(self.objective, wanted=self.cluster.rank == 0)
 
     def save(self, folder: Path) -> None:
         """Every rank writes its optimiser state below `folder`. The frozen teacher is not in it."""
@@ -139,22 +146,4 @@ class Engine:
     def load(self, folder: Path, weights: dict[str, Any]) -> None:
         """Takes up what `save` wrote, which DeepSpeed un-pickles, and the objective's whole state."""
         self.engine.load_checkpoint(str(folder), tag=STATE, load_module_strict=False)
-        self.objective.load_state_dict(weights)
-
-
-def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration of a run."""
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    zero: dict[str, Any] = {"stage": recipe.training.zero}
-    if recipe.training.zero and "compute_grad_norm" in DeepSpeedZeroConfig.model_fields:
-        zero["compute_grad_norm"] = False  # ours is computed in one reduction; theirs takes one per group
-    return {
-        "train_batch_size": recipe.batch_size,
-        "train_micro_batch_size_per_gpu": recipe.batch_size // (world_size * recipe.training.accumulation),
-        "gradient_accumulation_steps": recipe.training.accumulation,
-        "gradient_clipping": 0.0,  # absent means 1.0; `optim.clip` does it
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": None,
-    }
+        sharding.load_state(self.engine, weights)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from selfsight.errors import UserError, check_range
 from selfsight.objectives import Objective, ParameterRule, Progress
 from selfsight.recipe import OptimizerConfig
-from selfsight.training.freezing import SGD, AdamW, Held
+from selfsight.training.freezing import SGD, AdamW
 from selfsight.training.lamb import LAMB
 from selfsight.training.lars import LARS
 
@@ -109,38 +109,6 @@ def set_schedule(
         group["lr"] = lr * scale * group["scale"]
         group["weight_decay"] = weight_decay if group["decay"] else 0.0
         group["frozen"] = scale == 0.0
-
-
-def averaged_gradients(engine) -> list[list[Tensor]]:
-    """Per parameter group, the gradients that this rank's optimiser is about to use, averaged over the ranks.
-
-    Changing them in place changes the step. ZeRO-0: whole tensors, on every rank the same. ZeRO-1: this rank's shards,
-    which `engine.optimizer.averaged_gradients` holds between the last backward and the step.
-    """
-    sharded = getattr(engine.optimizer, "averaged_gradients", None)
-    if sharded is not None:
-        return [list(sharded[i]) for i in range(len(engine.optimizer.param_groups))]
-    return [[p.grad for p in g["params"] if p.grad is not None] for g in engine.optimizer.param_groups]
-
-
-def held(engine, gradients: list[list[Tensor]]) -> Iterator[Held]:
-    """(parameter, group, gradient) of what this rank's optimiser holds; `gradients` as from `averaged_gradients`.
-
-    ZeRO-0: parameters as they are. ZeRO-1: the optimiser's flat stretches, and of their gradients what is no padding.
-    """
-    sharded = engine.zero_optimization_stage() > 0
-    for group, found in zip(engine.optimizer.param_groups, gradients, strict=True):
-        for p in group["params"]:
-            if sharded:
-                yield (
-                    p,
-                    group,
-                    found[0].flatten()
-                    if len(found) == 1
-                    else torch.cat([p.new_empty(0), *(g.flatten() for g in found)]),
-                )
-            elif p.grad is not None:
-                yield p, group, p.grad
 
 
 def squared_norms(groups: list[list[Tensor]], device: torch.device) -> Tensor:

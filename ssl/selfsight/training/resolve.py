@@ -39,8 +39,20 @@ def load(source: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
 def check(recipe: Recipe) -> None:
     """Raises UserError for values that no hardware and no corpus can make right."""
     training = recipe.training
-    if training.zero not in (0, 1):
-        raise UserError(f"training.zero is {training.zero}: choose 0 or 1")
+    if training.zero not in (0, 1, 2, 3):
+        raise UserError(f"training.zero is {training.zero}: choose 0, 1, 2 or 3")
+    if training.offload and not training.zero:
+        raise UserError("training.offload moves what ZeRO shards to the CPU: set training.zero to 1, 2 or 3 with it")
+    if training.zero == 3 and recipe.encoder.compile:
+        raise UserError(
+            "encoder.compile wants the weights whole and training.zero=3 gathers them one layer at a time: "
+            "leave encoder.compile out, or set training.zero=2"
+        )
+    if training.precision == "fp16":
+        raise UserError(
+            "training.precision=fp16 would need its loss scaled, and skips steps until the scale fits, which the order "
+            "of samples and the schedules would have to follow: choose bf16, which has fp32's range"
+        )
     if training.precision not in (None, "fp32", "bf16"):
         raise UserError(f"training.precision is {training.precision!r}: choose fp32 or bf16, or leave it null")
     if not 0 < recipe.epochs < inf:
@@ -71,6 +83,8 @@ def settle(recipe: Recipe, *, chunks: int | None = None, sharing: int = 1) -> No
                 else "no GPU; set bf16 for AVX512-BF16 and large ViTs"
             )
             recipe.set("training.precision", "fp32", why)
+    if recipe.training.zero == 3 and recipe.encoder.compile is None:
+        recipe.set("encoder.compile", False, "ZeRO-3 gathers weights one layer at a time")
     if recipe.stream.workers is None:
         workers = auto_workers(sharing)
         recipe.set("stream.workers", workers, f"{sharing} rank(s) share these cores, one each left to training")

@@ -31,8 +31,7 @@ from selfsight.training.log import Log
 from selfsight.training.loop import Loop, Trouble
 from selfsight.training.refused import Refused
 from selfsight.weights.checkpoint import export_run
-from selfsight.weights.export import export_encoder
-from selfsight.weights.run import exports, read_state, recipe_digest
+from selfsight.weights.run import exports, read_state
 
 
 class Diverged(RuntimeError):
@@ -145,7 +144,7 @@ class _Run:
     def go(self) -> Path:
         self.cluster.on_first(self._open)
         if self.start >= self.total_steps:
-            self.cluster.on_first(self._finish)
+            self.cluster.on_first(lambda: self._export(self.start))  # the run may have been killed just before it
             if self.cluster.rank == 0:
                 say(f"{self.path} is finished: {self.total_steps} steps are done, its weights are in exports/")
             return self.path
@@ -216,11 +215,6 @@ class _Run:
         with publish(self.path / "recipe.yaml") as file:
             file.write(self.recipe.to_yaml().encode())
 
-    def _finish(self) -> None:
-        """Makes the last export, should the run have been killed between its last checkpoint and that."""
-        if self.start not in exports(self.path):
-            export_run(self.path, self._export_path(self.start), step=self.start)
-
     def _announce(self) -> None:
         recipe, ranks = self.recipe, self.cluster.world_size
         one, several = ("GPU", "GPUs") if self.cluster.device.type == "cuda" else ("CPU process", "CPU processes")
@@ -243,20 +237,9 @@ class _Run:
         self.cluster.on_first(lambda: self._export(step))
 
     def _export(self, step: int) -> None:
-        """exports/step_…: the teacher if there is one, else the student."""
-        if step in exports(self.path):
-            return
-        which = "teacher" if self.objective.teacher_pairs() else "student"
-        meta = {
-            "which": which,
-            "objective": self.recipe.objective_name,
-            "step": step,
-            "corpus_id": self.feed.id,
-            "recipe_digest": recipe_digest(self.recipe.to_dict()),
-        }
-        encoder: Any = self.objective.get_submodule(which)
-        with torch.random.fork_rng(devices=[]):
-            export_encoder(encoder, self.recipe.encoder, self._export_path(step), meta=meta)
+        """exports/step_…, from that step's checkpoint: the teacher if there is one, else the student."""
+        if step not in exports(self.path):
+            export_run(self.path, self._export_path(step), step=step)
 
     def _export_path(self, step: int) -> Path:
         return self.path / "exports" / f"step_{step:08d}"

@@ -1,10 +1,13 @@
 """The exponential moving average that a teacher is: teacher ← m·teacher + (1 − m)·student, in fp32, parameters only.
 
-A bf16 average would stall: with m = 0.996 the increments fall below half a unit in the last place and are lost.
+A bf16 average would stall: with m = 0.996 the increments fall below half a unit in the last place and are lost. Under
+ZeRO-3 each rank averages the stretches that it holds, which are cut alike in student and teacher: nothing is sent.
 """
 
 import torch
 from torch import Tensor, nn
+
+from selfsight.collective import own_part
 
 
 class Teacher:
@@ -27,5 +30,5 @@ class Teacher:
     def follow(self, momentum: float) -> None:
         """One step of the average, for after the optimiser has really moved."""
         if self.teacher:
-            weight = 1.0 - momentum
-            torch._foreach_lerp_(self.teacher, self.student, weight)  # pyright: ignore[reportPrivateImportUsage]
+            student, teacher = [own_part(p) for p in self.student], [own_part(p) for p in self.teacher]
+            torch._foreach_lerp_(teacher, student, 1.0 - momentum)  # pyright: ignore[reportPrivateImportUsage]
