@@ -93,7 +93,8 @@ def freeze_final_bias(encoder: Encoder) -> None:
 
     Such a head takes off again what the bias adds, so its gradient is rounding noise; AdamW would make of that steps of
     full size, and the features that training hands out would walk at random with it. The other part of an encoder
-    without a gradient, the key third of a qkv bias, is left to walk, as everywhere: softmax takes off what it adds.
+    without a gradient, the key third of a qkv bias (not with rotary positions or a norm of the keys), is left to walk,
+    as in all official codes: it is a third of a tensor, and softmax takes off what it adds, so no feature moves.
     """
     if (bias := getattr(encoder.vit.norm, "bias", None)) is not None:
         bias.requires_grad_(False)

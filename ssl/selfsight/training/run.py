@@ -114,7 +114,7 @@ class _Run:
         """Starts from the weights of an earlier run and notes their digest; a run that continues has its own."""
         source = read_source(weights)
         if self.recipe.weights_sha256 is None:
-            self.recipe.set("weights_sha256", source.digest, f"of {source.path}")
+            self.recipe.set("weights_sha256", source.digest, f"sha256 of {source.path}")
         elif self.recipe.weights_sha256 != source.digest:
             raise UserError(
                 f"{source.path} has other weights (sha256 {source.digest[:12]}…) than weights_sha256 says "
