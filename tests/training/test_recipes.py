@@ -49,6 +49,23 @@ def test_the_objective_of_a_recipe_can_be_built(name):
     assert spec.crops
 
 
+@pytest.mark.parametrize("kind", ["vit_micro_patch8_cifar10", "vit_tiny_patch4_cifar10"])
+def test_recipes_for_cifar10_are_made_to_be_compared(kind):
+    """At the images' own size, on whatever corpus is named; those for two cores with one encoder, down to its seed."""
+    named = [name for name in RECIPES if name.endswith(kind)]
+    recipes = [resolve.load(name) for name in named]
+    assert {recipe.encoder.img_size for recipe in recipes} == {32}
+    assert {(recipe.corpus, recipe.seed) for recipe in recipes} == {(None, 0)}
+    text = (ROOT / "docs/objectives.md").read_text(encoding="utf-8")
+    if "micro" in kind:
+        assert [recipe.objective_name for recipe in recipes] == ["dino", "mae", "simclr"]
+        assert all(recipe.encoder == recipes[0].encoder for recipe in recipes)
+        assert f"configs/{{dino,mae,simclr}}/{kind}.yaml" in text
+    else:
+        assert [recipe.objective_name for recipe in recipes] == objectives.available()
+        assert f"configs/NAME/{kind}.yaml" in text
+
+
 def schemas() -> list[type]:
     """The recipe's dataclasses and those of the objectives."""
     own = [c for c in vars(recipe).values() if isinstance(c, type) and is_dataclass(c)]
