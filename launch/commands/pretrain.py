@@ -38,10 +38,11 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
+    from eval_probes.online import open_probes
     from selfsight.training import AgreedError, Diverged, Stopped, pretrain
 
     try:
-        path = pretrain(recipe)
+        path = pretrain(recipe, probes=open_probes)
     except (Stopped, Diverged, AgreedError) as e:  # the same on every rank
         if _first():
             print(f"selfsight: {e}", file=sys.stderr)

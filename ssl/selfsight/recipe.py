@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from selfsight.errors import UserError
 
 # Taken as they are typed: a folder may be called 007, 1e3 or 2024-01-01.
-PATHS = ("corpus", "selection", "output", "weights")
+PATHS = ("corpus", "selection", "output", "weights", "probe.corpus")
 
 
 @dataclass
@@ -102,6 +102,15 @@ class TrainingConfig:
 
 
 @dataclass
+class ProbeConfig:
+    """A labelled corpus on which the encoder is measured while it trains."""
+
+    corpus: str | None = None  # as the recipe's key; null = no probes. Without labels there are only label-free figures
+    every: int | None = None  # steps; null = as often as 2 % of the time allow. And after the last step
+    images: int = 2048  # of the corpus, half of them to learn from and half to be tested on
+
+
+@dataclass
 class Recipe:
     corpus: str | None = None  # folder or URL of what `selfsight corpus build` made; training needs it, or a mixture
     selection: str | None = None  # name of one of its selections, or a Parquet file; null = all images once
@@ -118,6 +127,7 @@ class Recipe:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
     provenance: dict[str, str] = field(default_factory=dict, compare=False, repr=False)  # "a.b" → origin
 
     @property

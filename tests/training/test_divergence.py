@@ -177,13 +177,15 @@ sys.exit(main(parts))
 """
 
 
-def test_two_ranks_return_alike(poisoned, selfsight, torchrun, read, tmp_path):
+def test_two_ranks_return_alike_and_probes_change_nothing(poisoned, corpora, selfsight, torchrun, read, tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO)
-    child = torchrun(2, [str(script), json.dumps([poisoned("two", [5, 6]), poisoned("parts", [5, 6])])])
+    probes = [f"probe.corpus={corpora['two']}", "probe.every=4", "probe.images=45"]
+    launch = [poisoned("two", [5, 6]), poisoned("parts", [5, 6], *probes)]
+    child = torchrun(2, [str(script), json.dumps(launch)])
     _, err = child.communicate(timeout=300)
     assert child.returncode == 0, err
-    assert selfsight(poisoned("one", [5, 6])) == 0
+    assert selfsight(poisoned("one", [5, 6], *probes)) == 0
     two, parts = read(tmp_path / "two"), read(tmp_path / "parts")
     assert two[0] == parts[0]
     assert all(torch.equal(parts[1][name], w) for name, w in two[1].items())
@@ -195,3 +197,9 @@ def test_two_ranks_return_alike(poisoned, selfsight, torchrun, read, tmp_path):
     assert [(line["batch"], line["rank"]) for line in refused] == [(5, 0), (5, 1), (6, 0), (6, 1)]
     named = sorted(int(image.split(" in ")[0]) for line in refused for image in line["images"])
     assert named == poisoned.images([5, 6])
+    found = [[line for line in lines(tmp_path / name) if "probe_share" in line] for name in ("parts", "one")]
+    for shared, alone in zip(*found, strict=True):  # of 45 images one rank has 23, the other 22 and one again
+        assert shared["step"] == alone["step"]
+        for name in ("probe/rankme", "probe/lidar", "probe/alpha_req", "probe/knn", "probe/ridge", "probe/n"):
+            assert shared[name] == pytest.approx(alone[name], rel=1e-3), name
+    assert [line["step"] for line in found[0]] == [4, 8, 9]

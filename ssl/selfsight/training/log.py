@@ -1,8 +1,8 @@
 """The log of a run: metrics.jsonl, one object per line, and the same numbers for TensorBoard. Only rank 0 writes.
 
-A line is a record of one step (it has "loss"), an event that someone should look at ("event", a sentence) or a note
-("note", a sentence). When a run continues from a checkpoint, lines of later steps are cut off, so that the file reads
-as if it had never stopped.
+A line is a record of one step (it has "loss"), what probes say of the encoder after it ("probe_share"), an event that
+someone should look at ("event", a sentence) or a note ("note", a sentence). When a run continues from a checkpoint,
+lines of later steps are cut off, so that the file reads as if it had never stopped.
 """
 
 import json
@@ -28,6 +28,12 @@ class Log:
 
     def record(self, step: int, values: dict[str, float]) -> None:
         """One step's numbers; "step" counts the steps done."""
+        self._line({"step": step, **values})
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def measure(self, step: int, values: dict[str, float]) -> None:
+        """Numbers that are not of a step, but of the encoder after it."""
         self._line({"step": step, **values})
         for name, value in values.items():
             self._board.add_scalar(name, value, step)

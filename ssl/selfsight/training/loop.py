@@ -24,6 +24,7 @@ from selfsight.training.interrupts import Interrupts
 from selfsight.training.log import Log
 from selfsight.training.monitor import Monitor
 from selfsight.training.noise import NoiseScale
+from selfsight.training.probing import Probing
 from selfsight.training.refused import FILE as LIST
 from selfsight.training.refused import Refused
 
@@ -52,13 +53,14 @@ class Loop:
         account: Account | None,
         log: Log | None,
         refused: Refused,
+        probing: Probing | None,
         start: int,
         total_steps: int,
         steps_per_epoch: int,
         save: Callable[[int], None],
     ) -> None:
         self.engine, self.loader, self.account, self.log, self.save = engine, loader, account, log, save
-        self.recipe, self.cluster, self.refused = engine.recipe, engine.cluster, refused
+        self.recipe, self.cluster, self.refused, self.probing = engine.recipe, engine.cluster, refused, probing
         self.start, self.total_steps, self.steps_per_epoch = start, total_steps, steps_per_epoch
         self.ahead = loader.start_step - start  # batches of the stream that no step was made of
         self.monitor = Monitor(
@@ -95,6 +97,8 @@ class Loop:
                 if logged:
                     self._record(result, done)
                     self._count(done)
+                if self.probing and (measured := self.probing.look(done)) and self.log:
+                    self.log.measure(done, measured)
                 if refused == training.patience:
                     raise Trouble(done, f"{refused} steps in a row were not finite")
                 # None while steps are refused: the weights that make a loss of NaN are not those to return to.

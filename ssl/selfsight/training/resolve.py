@@ -28,6 +28,8 @@ LEAST = {
     "training.keep": 1,
     "training.patience": 1,
     "training.returns": 0,
+    "probe.every": 1,
+    "probe.images": 1,
 }
 
 

@@ -6,6 +6,7 @@ and what it writes is what it would have written had it never stopped.
 
 import copy
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from selfsight.training.inherit import inherit, read_source
 from selfsight.training.interrupts import Interrupts
 from selfsight.training.log import Log
 from selfsight.training.loop import Loop, Trouble
+from selfsight.training.probing import Probe, Probing
 from selfsight.training.refused import Refused
 from selfsight.weights.checkpoint import export_run
 from selfsight.weights.run import exports, read_state
@@ -38,8 +40,11 @@ class Diverged(RuntimeError):
     """Training came to nothing, from the same checkpoint several times. The message is one sentence."""
 
 
-def pretrain(recipe: Recipe) -> Path:
+def pretrain(recipe: Recipe, *, probes: Callable[[Recipe], Probe | None] = lambda _: None) -> Path:
     """Trains, or continues, or finds finished, the run that `recipe` describes. Returns the run's folder.
+
+    `probes` makes what measures the encoder while it trains, of the recipe's section `probe`:
+    `eval_probes.online.open_probes`.
 
     Raises UserError for what the user can mend, Stopped after a signal and its checkpoint, Diverged when it has to end.
     """
@@ -49,14 +54,16 @@ def pretrain(recipe: Recipe) -> Path:
         raise UserError("training needs a corpus and an output: add corpus=DIR output=RUN")
     joined = cluster.join()
     # Together: nobody looks into the run folder any more when rank 0 begins to write there.
-    return joined.together(lambda: _Run(recipe, joined)).go()
+    return joined.together(lambda: _Run(recipe, joined, probes(recipe))).go()
 
 
 class _Run:
     """One call of `pretrain`: what it holds between its steps."""
 
-    def __init__(self, recipe: Recipe, cluster: Cluster) -> None:
-        self.recipe, self.cluster = recipe, cluster
+    def __init__(self, recipe: Recipe, cluster: Cluster, probe: Probe | None) -> None:
+        self.recipe, self.cluster, self.probe = recipe, cluster, probe
+        if recipe.probe.corpus and not probe:
+            raise UserError("probe.corpus wants probes: give pretrain probes=eval_probes.online.open_probes")
         self.feed = open_feed(recipe)
         self.path = Path(str(recipe.output))
         self._settle(self.feed.chunks)
@@ -168,6 +175,7 @@ class _Run:
             account=self.account,
             log=log,
             refused=Refused(self.path, self.loader, self.cluster),
+            probing=self._probing(),
             start=self.start,
             total_steps=self.total_steps,
             steps_per_epoch=self.steps_per_epoch,
@@ -187,6 +195,21 @@ class _Run:
             if log:
                 log.close()
         return None
+
+    def _probing(self) -> Probing | None:
+        if self.probe is None:
+            return None
+        which = "teacher" if self.objective.teacher_pairs() else "student"  # as exports are made
+        encoder: Any = self.objective.get_submodule(which)
+        return Probing(
+            self.probe,
+            encoder,
+            self.cluster,
+            every=self.recipe.probe.every,
+            bf16=self.recipe.training.precision == "bf16",
+            start=self.start,
+            total_steps=self.total_steps,
+        )
 
     def _return(self, trouble: Trouble) -> str:
         """Takes up the last good checkpoint, and the stream after the batches that were seen since. Says so. Raises

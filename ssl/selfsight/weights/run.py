@@ -26,6 +26,9 @@ FREE = (
         "training.keep",
         "training.patience",
         "training.returns",
+        "probe.corpus",
+        "probe.every",
+        "probe.images",
     ),
 )
 
