@@ -29,7 +29,7 @@ class Poisoned(MAE):
     def forward(self, batch, progress):
         outcome = super().forward(batch, progress)
         if set(self.config.poison) & set(batch["ordinal"].tolist()):
-            outcome.loss = outcome.loss * torch.nan
+            return outcome._replace(loss=outcome.loss * torch.nan)
         return outcome
 """
 STEPS, BATCH = 9, 4  # of the 12 batches of an epoch
