@@ -66,6 +66,36 @@ def test_recipes_for_cifar10_are_made_to_be_compared(kind):
         assert f"configs/NAME/{kind}.yaml" in text
 
 
+# Of the recipe's own values everything but sizes.
+SMALL = (
+    "batch_size=24",
+    "epochs=1",
+    "encoder.img_size=32",
+    "encoder.args.depth=1",
+    "encoder.args.embed_dim=48",
+    "objective.crop_size=32",
+    "optimizer.warmup_epochs=1",
+    "stream.workers=0",
+    "training.precision=fp32",
+    "training.log_every=1",
+)
+LARGE_BATCH = {
+    "byol/vit_small_patch16_imagenet_lars": ("objective.hidden_dim=32",),
+    "mae/vit_base_patch16_imagenet_32k": ("objective.decoder_depth=1", "objective.decoder_embed_dim=32"),
+}
+
+
+@pytest.mark.parametrize("name", LARGE_BATCH)
+def test_recipes_of_large_batches_take_their_first_steps(name, selfsight, corpora, read, tmp_path):
+    run = tmp_path / "run"
+    assert selfsight(["pretrain", name, f"corpus={corpora['one']}", f"output={run}", *SMALL, *LARGE_BATCH[name]]) == 0
+    records, weights = read(run)
+    assert len(records) == 2
+    assert records[1]["lr"] > 0
+    assert all(record["grad_norm"] > 0 for record in records)
+    assert all(w.isfinite().all() for w in weights.values())
+
+
 def schemas() -> list[type]:
     """The recipe's dataclasses and those of the objectives."""
     own = [c for c in vars(recipe).values() if isinstance(c, type) and is_dataclass(c)]
