@@ -91,6 +91,8 @@ def test_two_processes_are_one_and_continue_what_one_began(
     assert "Traceback" not in err
     assert selfsight(command("one", PLAIN)) == 0
     assert_same_training(read(tmp_path / "one"), read(tmp_path / "two"), 12)
+    # Each rank's gradient against that of both; one process compares the batch with a part of it.
+    assert all(record["grad_noise"] > 0 for name in ("one", "two") for record in read(tmp_path / name)[0])
     assert_same_training(read(tmp_path / "one"), read(tmp_path / "mixed"), 12)
     for name in ("lars", "lamb"):  # trust ratios of tensors that lie on two ranks
         assert selfsight(command(name, PLAIN, "training.zero=0", f"optimizer.name={name}")) == 0

@@ -6,6 +6,7 @@ takes a hidden step at start-up.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from math import isfinite, nan
 from pathlib import Path
@@ -33,7 +34,9 @@ class Step:
     weight_decay: float
     momentum: float  # of the teacher
     grad_norms: list[float]  # before clipping, per parameter group, over all ranks
-    grad_signal: float  # |G|² and tr(Σ) as far as one step tells them, after clipping; NaN where not asked for: `noise`
+    grad_signal: (
+        float  # |G|² and tr(Σ) as far as one step tells them, before clipping; NaN where not asked for: `noise`
+    )
     grad_noise: float
     losses: Tensor  # (accumulation,) of this rank's micro-batches, on the device
     metrics: dict[str, Tensor]  # of this rank, averaged over its micro-batches, on the device
@@ -56,6 +59,7 @@ class Engine:
         self.rules = objective.parameter_rules()
         config = recipe.optimizer
         groups = optim.parameter_groups(objective, self.rules, config)
+        self.trained = [p for group in groups for p in group["params"]]
         self.clip_units = optim.clip_units(groups, config.clip_per)
         objective.to(cluster.device)
         fused = cluster.device.type == "cuda" or recipe.training.offload
@@ -82,8 +86,18 @@ class Engine:
         momentum = self.objective.teacher_momentum(progress)
         optim.set_schedule(self.optimizer, self.rules, progress, lr=lr, weight_decay=decay)
 
+        several = len(batches) * self.cluster.world_size
+        few = self.recipe.batch_size // several
+        squares: list[Tensor] = []  # of the gradients of so few images
+        if measure and several == 1 and self.recipe.training.zero < 3:
+            bf16 = self.recipe.training.precision == "bf16"
+            part, few = noise.part_of(batches[0])
+            with torch.autocast(self.cluster.device.type, torch.bfloat16, enabled=bf16):
+                squares = noise.squares_of(self.objective, self.trained, part, progress)
+
         losses, metrics, features = [], [], []
-        with sharding.frugal_linear(self.recipe.training.zero):
+        watched = noise.watched(self.trained, squares) if measure and several > 1 else nullcontext()
+        with sharding.frugal_linear(self.recipe.training.zero), watched:
             for i, batch in enumerate(batches):
                 outcome = self.engine(batch, progress)
                 losses.append(outcome.loss.detach().float())
@@ -95,13 +109,13 @@ class Engine:
 
         gradients = sharding.averaged_gradients(self.engine)
         own = torch.stack(losses)
-        loss, stop, norms = self._agree(own.mean(), asked_to_stop(), gradients)
+        small = torch.stack(squares).sum() * len(batches) if squares else torch.zeros_like(own[0])
+        loss, small, stop, norms = self._agree(own.mean(), small, asked_to_stop(), gradients)
         taken = isfinite(loss) and all(isfinite(n) for n in norms)
         if taken and config.clip > 0:
             optim.clip(gradients, norms, config.clip, self.clip_units)
         if taken:
             self.optimizer.prepare(sharding.held(self.engine, gradients), self._total)
-        spread = self._spread(gradients, progress) if taken and measure else (nan, nan)
         del gradients  # the step frees them
         self.optimizer.skip = not taken
         self.engine.step()
@@ -112,22 +126,23 @@ class Engine:
         else:
             self.objective.discard_step()
         averaged = {k: torch.stack([m[k].detach().float() for m in metrics]).mean() for k in metrics[0]}
+        large = sum(n * n for n in norms)
+        spread = noise.estimate(small, few, large, self.recipe.batch_size) if taken and squares else (nan, nan)
         return Step(taken, loss, lr, decay, momentum, norms, *spread, own, averaged, torch.cat(features), stop)
 
-    def _agree(self, loss: Tensor, stop: bool, gradients: list[list[Tensor]]) -> tuple[float, bool, list[float]]:
-        """Mean loss, whether anyone stops, and whole gradient norms: one reduction, one transfer to the host."""
+    def _agree(
+        self, loss: Tensor, small: Tensor, stop: bool, gradients: list[list[Tensor]]
+    ) -> tuple[float, float, bool, list[float]]:
+        """Mean loss, mean squared norm of small gradients, whether anyone stops, and whole gradient norms: one
+        reduction, one transfer to the host."""
         device = self.cluster.device
         squares = optim.squared_norms(gradients, device)
         if self.recipe.training.zero == 0:  # every rank has the whole gradient
             squares = squares / self.cluster.world_size
-        head = torch.stack([loss / self.cluster.world_size, torch.full((), float(stop), device=device)])
-        mean, stops, *squared = self.cluster.sum(torch.cat([head, squares])).tolist()
-        return mean, stops > 0, [s**0.5 for s in squared]
-
-    def _spread(self, gradients: list[list[Tensor]], progress: Progress) -> tuple[float, float]:
-        measured = noise.measure(self.optimizer, sharding.held(self.engine, gradients), progress.step)
-        power, signal = self._total(measured.to(self.cluster.device)).tolist()
-        return (signal, self.recipe.batch_size * (power - signal)) if power else (nan, nan)
+        means = torch.stack([loss, small]) / self.cluster.world_size
+        head = torch.full((1,), float(stop), device=device)
+        mean, small_mean, stops, *squared = self.cluster.sum(torch.cat([means, head, squares])).tolist()
+        return mean, small_mean, stops > 0, [s**0.5 for s in squared]
 
     def _total(self, x: Tensor) -> Tensor:
         """What ranks hold of a sum over whole tensors, added up; under ZeRO-0 each has all of it."""

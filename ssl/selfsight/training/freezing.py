@@ -1,4 +1,4 @@
-"""torch's AdamW and SGD that leave frozen groups alone, and say what the gradient has been on average.
+"""torch's AdamW and SGD that leave frozen groups alone.
 
 A parameter that is frozen for a while stays in its group, since under ZeRO nothing else can be done with it; the group
 says "frozen", and is passed over as if it had no gradient: no weight decay, no moments, no step count.
@@ -44,26 +44,11 @@ class Freezing(torch.optim.Optimizer):
 
 
 class AdamW(Freezing, torch.optim.AdamW):
-    def past_gradient(self, p: Tensor, group: dict[str, Any], gradient: Tensor, steps: int) -> Tensor | None:
-        """The average gradient of the steps so far, as far as `gradient` goes; None before the first."""
-        state = self.state[p]
-        if "exp_avg" not in state:
-            return None
-        return inside(state["exp_avg"], gradient) / (1 - group["betas"][0] ** state["step"])
+    pass
 
 
 class SGD(Freezing, torch.optim.SGD):
-    def past_gradient(self, p: Tensor, group: dict[str, Any], gradient: Tensor, steps: int) -> Tensor | None:
-        """As AdamW's; there is weight decay in it, too, which small as it is makes no difference."""
-        momentum = self.state[p].get("momentum_buffer")
-        if momentum is None:
-            return None
-        return inside(momentum, gradient) * average(group["momentum"], steps)
-
-
-def average(momentum: float, steps: int) -> float:
-    """What makes an average of a sum in which a gradient loses in weight by `momentum` at each of `steps` steps."""
-    return (1 - momentum) / (1 - momentum**steps)
+    pass
 
 
 def inside(p: Tensor, gradient: Tensor) -> Tensor:

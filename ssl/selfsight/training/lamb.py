@@ -5,10 +5,7 @@ The paper clips nothing and corrects no bias in its algorithm, and does both in 
 a choice, and gradients are clipped before they come (`optimizer.clip`).
 """
 
-from typing import Any
-
 import torch
-from torch import Tensor
 
 from selfsight.training.freezing import inside
 from selfsight.training.lars import LayerWise
@@ -57,11 +54,3 @@ class LAMB(LayerWise):
     def ratio(self, group, weight_norm, update_norm):
         trust = weight_norm / update_norm
         return trust.clamp(max=1.0) if group["trust_clip"] else trust
-
-    def past_gradient(self, p: Tensor, group: dict[str, Any], gradient: Tensor, steps: int) -> Tensor | None:
-        """As AdamW's, of a step that was prepared: its gradient is taken out of the average again."""
-        beta1, before = group["betas"][0], self.state[p]["step"].item() - 1
-        if not before:
-            return None
-        m = inside(self.state[p]["exp_avg"], gradient)
-        return m.sub(gradient, alpha=1 - beta1).div_(beta1 * (1 - beta1**before))

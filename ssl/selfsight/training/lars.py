@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selfsight.training.freezing import Held, average, inside
+from selfsight.training.freezing import Held, inside
 
 
 class LayerWise(torch.optim.Optimizer):
@@ -107,11 +107,3 @@ class LARS(LayerWise):
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(p)
         return state["momentum"].mul_(group["momentum"]).add_(direction)
-
-    def past_gradient(self, p: Tensor, group: dict[str, Any], gradient: Tensor, steps: int) -> Tensor | None:
-        """As AdamW's, of a step that was prepared: its trust ratio stands for those of the steps before. There is
-        weight decay in it, too, which small as it is makes no difference."""
-        if "momentum" not in self.state[p]:
-            return None
-        past, trust = inside(self.state[p]["momentum"], gradient) * average(group["momentum"], steps), self._trust[p]
-        return past if trust is None else past / trust

@@ -1,39 +1,67 @@
 """The gradient noise scale B_simple = tr(Σ) / |G|² (McCandlish et al. 2018, arXiv:1812.06162): the batch from which on
 a larger one brings less and less. G is the true gradient, Σ the covariance of one image's.
 
-In: the gradient g of a step and the optimiser's own average ḡ of those before it. Out: |G|², tr(Σ) and their ratio in
-images. The paper compares gradients of two batch sizes; here the second is the average, which needs neither several
-micro-batches nor several ranks, and no memory. With B images in a batch E|g|² = |G|² + tr(Σ)/B, and since the noise of
-g is independent of that of ḡ, E⟨g, ḡ⟩ = |G|². So
+In: the squared norms of gradients of two batch sizes at the same weights. Out: |G|², tr(Σ) (appendix A.1, unbiased) and
+their ratio in images. The large batch is that of the step. The small ones are what each rank and micro-batch puts into
+it, seen on their way through the backward pass, where nothing is kept; on one process without accumulation an eighth of
+the batch goes through the objective once more, before the step, at logged steps only.
 
-    |G|² ≈ ⟨g, ḡ⟩        tr(Σ) ≈ B·(|g|² − ⟨g, ḡ⟩)
+Gradients of earlier steps will not do for the small batch, nor will Adam's average of them, although they come for
+free: a step along the noise turns the next gradient against it, and |G|² comes out ten times too small or negative.
 
-as long as G hardly turns within the average's memory, about 1/(1 − β1) steps. Where it does turn, ⟨g, ḡ⟩ comes out too
-small and B_simple too large: at the very beginning, and at rates that make training oscillate. Both are taken of
-clipped gradients, as the average is. A single step tells little: `NoiseScale` averages before it divides.
+It is assumed that the images of a batch are independent. Where they see each other (negatives, batch statistics), the
+norms are of what an image puts into the joint gradient; the eighth of a batch has fewer negatives than the whole, so
+that there the figure is a rough guide. One step tells little: `NoiseScale` averages before it divides.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from math import isfinite, nan
 
 import torch
 from torch import Tensor
 
-from selfsight.training.freezing import Held
+from selfsight.objectives import Objective, Progress
 
 MEMORY = 0.9  # of the averages over logged steps
+PART = 8  # the share of a batch that goes through once more
 
 
-@torch.no_grad()
-def measure(optimizer, held: Iterable[Held], steps: int) -> Tensor:
-    """(|g|², ⟨g, ḡ⟩) of what this rank holds, float32 (2,) on the device, between `prepare` and the step after `steps`
-    others. Zeros while there is no average yet; frozen parameters do not count."""
-    sums = []
-    for p, group, gradient in held:
-        if not group["frozen"] and (past := optimizer.past_gradient(p, group, gradient, steps)) is not None:
-            flat = gradient.flatten()
-            sums.append(torch.stack([flat.dot(flat), flat.dot(past.flatten())]))
-    return torch.stack(sums).sum(dim=0) if sums else torch.zeros(2)
+@contextmanager
+def watched(parameters: Iterable[Tensor], squares: list[Tensor]) -> Iterator[None]:
+    """Notes the squared norm of each parameter's gradient, whole and of this rank and micro-batch alone, on the device,
+    whatever ZeRO does with it afterwards."""
+    handles = [p.register_hook(lambda g: squares.append(torch.linalg.vector_norm(g).square())) for p in parameters]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def part_of(batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+    """The first images of a batch of crops (count, B, 3, H, W) and draws (B, …), and how many they are."""
+    n = max(len(x) if x.ndim < 5 else x.shape[1] for x in batch.values())
+    few = max(n // PART, min(n, 2))
+    return {name: x[:few] if x.ndim < 5 else x[:, :few] for name, x in batch.items()}, few
+
+
+def squares_of(objective: Objective, parameters: list[Tensor], batch: dict[str, Tensor], progress: Progress):
+    """Squared norms of the gradients of a batch that is not trained on: a list. Leaves no trace: gradients,
+    statistics and generators are as they were."""
+    device = parameters[0].device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        loss = objective(batch, progress).loss
+    objective.discard_step()
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return [torch.linalg.vector_norm(g).square() for g in gradients if g is not None]
+
+
+def estimate(small: float, few: int, large: float, many: int) -> tuple[float, float]:
+    """|G|² and tr(Σ) from squared norms of gradients of `few` and of `many` images; NaN where the two are as many."""
+    if few == many:
+        return nan, nan
+    return (many * large - few * small) / (many - few), (small - large) / (1 / few - 1 / many)
 
 
 class NoiseScale:
