@@ -37,7 +37,7 @@ def test_micro_batches_are_one_batch(selfsight, command, read, tmp_path):
 COMMANDS = """
 import json, sys
 from launch.cli import main
-sys.exit(0 if [main(arguments) for arguments in json.loads(sys.argv[1])] == [2, 0, 0, 0, 0, 0, 2] else 1)
+sys.exit(0 if [main(arguments) for arguments in json.loads(sys.argv[1])] == [2, 0, 0, 0, 2] else 1)
 """
 
 
@@ -72,14 +72,12 @@ def test_two_processes_are_one_and_continue_what_one_began(
     mistake = command("odd", "batch_size=9", "stream.lanes=3")
     damaged, ruined = command("damaged", *sharded), command("ruined", PLAIN, "training.checkpoint_every=1")
     damaged[2], ruined[2] = f"corpus={damage(1)}", f"corpus={damage(30)}"
-    layerwise = [command(f"two-{name}", *sharded, f"optimizer.name={name}") for name in ("lars", "lamb")]
-    launch = [mistake, command("two", *sharded), command("mixed", *whole), *layerwise, damaged, ruined]
+    launch = [mistake, command("two", *sharded), command("mixed", *whole), damaged, ruined]
     child = torchrun(2, [str(script), json.dumps(launch)])
     out, err = child.communicate(timeout=300)
     assert child.returncode == 0, err
     assert err.count("selfsight: batch_size 9 is no multiple of 2 processes") == 1
-    trained = ("two", "mixed", "two-lars", "two-lamb", "damaged")
-    assert out.split() == [str(tmp_path / name) for name in trained]  # each said once
+    assert out.split() == [str(tmp_path / name) for name in ("two", "mixed", "damaged")]  # each said once
     assert "2 CPU processes, ZeRO-1" in err
     assert "mixed continues from step 5" in err
     assert err.count("1 image could not be read and others stood in") == 1
@@ -91,12 +89,7 @@ def test_two_processes_are_one_and_continue_what_one_began(
     assert "Traceback" not in err
     assert selfsight(command("one", PLAIN)) == 0
     assert_same_training(read(tmp_path / "one"), read(tmp_path / "two"), 12)
-    # Each rank's gradient against that of both; one process compares the batch with a part of it.
-    assert all(record["grad_noise"] > 0 for name in ("one", "two") for record in read(tmp_path / name)[0])
     assert_same_training(read(tmp_path / "one"), read(tmp_path / "mixed"), 12)
-    for name in ("lars", "lamb"):  # trust ratios of tensors that lie on two ranks
-        assert selfsight(command(name, PLAIN, "training.zero=0", f"optimizer.name={name}")) == 0
-        assert_same_training(read(tmp_path / name), read(tmp_path / f"two-{name}"), 12)
 
 
 def test_cores_are_shared_out_among_those_that_share_them():
