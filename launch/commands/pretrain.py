@@ -20,8 +20,8 @@ def add(subparsers) -> None:
         description="Trains as CONFIG says: a YAML file, or a recipe that comes with selfsight such as "
         "dino/vit_small_patch16_imagenet. A run continues by itself where it was stopped. SIGINT, SIGTERM and SIGUSR1 "
         "finish the step in hand, write a checkpoint and exit with 85. On several GPUs: "
-        "torchrun --nproc-per-node N -m launch pretrain CONFIG … (torchrun itself then exits with 1). Continuing "
-        "un-pickles the optimiser's state, so continue runs of your own; exports are free of pickles.",
+        "torchrun --nproc-per-node N -m launch pretrain CONFIG … (torchrun itself then exits with 1). "
+        "A run may go on with another number of processes, or another training.zero.",
     )
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="such as corpus=DIR output=RUN epochs=10")

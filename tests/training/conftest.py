@@ -99,6 +99,26 @@ def torchrun() -> Callable[..., subprocess.Popen]:
     return lambda ranks, arguments: start([*launcher, f"--nproc-per-node={ranks}", *arguments])
 
 
+@pytest.fixture(scope="session")
+def warm() -> Callable[..., dict[str, Any]]:
+    """Calls "module:function" with `arguments` in ranks that take no time to start; see warm.py."""
+    process = subprocess.Popen(
+        [sys.executable, Path(__file__).parent / "warm.py"],
+        env={**environment(), "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def ask(call: str, arguments: list, **how: Any) -> dict[str, Any]:
+        print(json.dumps({"call": call, "arguments": arguments, **how}), file=process.stdin, flush=True)
+        return json.loads(process.stdout.readline())  # pyright: ignore[reportOptionalMemberAccess]
+
+    yield ask
+    process.kill()
+    process.communicate()
+
+
 @pytest.fixture
 def selfsight(monkeypatch) -> Callable[[list[str]], int]:
     """The `selfsight` command in this process, one thread as in `spawn`; returns its exit code."""

@@ -5,11 +5,13 @@ import json
 import pytest
 
 from selfsight.errors import UserError
+from selfsight.recipe import TrainingConfig
 from selfsight.training import checkpoint
-from selfsight.weights.run import read_state
+from selfsight.training.saver import kept
+from selfsight.weights.run import checkpoints, read_state
 
 STATE = {
-    "schema": 1,
+    "schema": 2,
     "step": 5,
     "total_steps": 10,
     "seed": 0,
@@ -32,8 +34,6 @@ STATE = {
         ("objective", "mae", "another objective"),
         ("batch_size", 16, "another batch_size"),
         ("seed", 1, "another seed"),
-        ("zero", 0, "another ZeRO stage"),
-        ("world_size", 2, "start 1 processes"),
     ],
 )
 def test_another_run_is_named(tmp_path, key, value, said):
@@ -42,9 +42,8 @@ def test_another_run_is_named(tmp_path, key, value, said):
         checkpoint.check(tmp_path, STATE, {**STATE, key: value})
 
 
-def test_any_number_of_processes_goes_with_zero_0_and_with_a_finished_run(tmp_path):
-    checkpoint.check(tmp_path, {**STATE, "zero": 0}, {**STATE, "zero": 0, "world_size": 4})
-    checkpoint.check(tmp_path, {**STATE, "step": 10}, {**STATE, "world_size": 4})
+def test_any_number_of_processes_and_any_stage_go_on(tmp_path):
+    checkpoint.check(tmp_path, STATE, {**STATE, "zero": 3, "world_size": 4})
 
 
 def test_only_complete_ones_count(tmp_path):
@@ -60,10 +59,36 @@ def test_only_complete_ones_count(tmp_path):
     assert not (tmp_path / "checkpoints/.step_00000004").exists()
 
 
-def test_damaged_and_newer_state_is_a_sentence(tmp_path):
-    (tmp_path / "state.json").write_text("{")
-    with pytest.raises(UserError, match="damaged"):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "damaged"),
+        (json.dumps({**STATE, "schema": 3}), "newer selfsight"),
+        (json.dumps({**STATE, "schema": 1}), "older selfsight"),
+    ],
+)
+def test_a_state_that_is_damaged_or_of_another_version_is_a_sentence(tmp_path, text, said):
+    (tmp_path / "state.json").write_text(text)
+    with pytest.raises(UserError, match=said):
         read_state(tmp_path)
-    (tmp_path / "state.json").write_text(json.dumps({**STATE, "schema": 2}))
-    with pytest.raises(UserError, match="newer selfsight"):
-        read_state(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("policy", "steps"),
+    [
+        ({}, [9, 10]),
+        ({"keep": 1, "keep_every": 4}, [4, 8, 10]),
+        ({"keep": 1, "keep_best": "max knn"}, [3, 10]),
+        ({"keep": 1, "keep_best": "min knn"}, [6, 10]),
+        ({"keep": 1, "keep_best": "max unheard_of"}, [10]),
+    ],
+)
+def test_what_is_kept(tmp_path, policy, steps):
+    knn = {2: 0.5, 3: 0.7, 6: 0.1, 7: float("nan")}  # not every checkpoint has been measured
+    for step in range(1, 11):
+        folder = tmp_path / "checkpoints" / f"step_{step:08d}"
+        folder.mkdir(parents=True)
+        metrics = {"knn": knn[step]} if step in knn else {}
+        (folder / "state.json").write_text(json.dumps({**STATE, "step": step, "metrics": metrics}))
+        (folder / "COMPLETE").touch()
+    assert sorted(kept(checkpoints(tmp_path), TrainingConfig(**policy))) == steps

@@ -6,11 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from selfsight.stream.quarantine import read_quarantine
-from selfsight.training import cluster
+from selfsight.training import checkpoint, cluster
 from selfsight.training.interrupts import Interrupts
+from selfsight.training.pieces import Piece
+from selfsight.training.snapshot import Snapshot
+from selfsight.weights.run import read_state
 
+PARTS = [(2, 3, 4), (1, 0, 3), (4, 1, 2), (2, 2, None)]  # processes, ZeRO stage, steps
 PLAIN = "encoder.drop_path_rate=0.0"  # which images lose a block depends on how the batch is split
 
 
@@ -90,6 +95,52 @@ def test_two_processes_are_one_and_continue_what_one_began(
     assert selfsight(command("one", PLAIN)) == 0
     assert_same_training(read(tmp_path / "one"), read(tmp_path / "two"), 12)
     assert_same_training(read(tmp_path / "one"), read(tmp_path / "mixed"), 12)
+
+
+def part(arguments) -> int:
+    """In ranks of their own: a part of a run, until `stop` steps are done; what it took up is written again at once."""
+    from launch.cli import main
+
+    command, stop, again = arguments
+    asked = iter(range(1, 10**6))
+    Interrupts.asked_to_stop = lambda self: next(asked) >= (stop or 10**6)  # type: ignore[method-assign]
+    load = checkpoint.load
+
+    def load_and_write(path, engine) -> None:
+        load(path, engine)
+        snapshot = Snapshot()
+        snapshot.take(engine)
+        checkpoint.write(Path(again), engine.cluster, snapshot, read_state(path))
+
+    checkpoint.load = load_and_write
+    return main(command)
+
+
+def whole(path: Path) -> dict[str, torch.Tensor]:
+    """All that a checkpoint has of the optimiser, put together."""
+    weights = load_file(path / "objective.safetensors")
+    written = checkpoint.Written(path, [f"optimizer/{p.name}" for p in sorted((path / "optimizer").iterdir())])
+    found = {f"{state}/{name}": number for (name, state), number in written.numbers.items()}
+    for name, state in written.stretches:
+        tensor = torch.full_like(weights[name], float("nan")).flatten()
+        written.read(Piece(name, 0, len(tensor), tensor, 0), state, tensor)
+        found[f"{state}/{name}"] = tensor
+    return weights | found
+
+
+def test_a_run_goes_on_with_other_processes_and_another_stage(selfsight, command, warm, read, tmp_path):
+    """2 processes, then 1, then 4: nothing of the state is lost on the way, and the same batches follow."""
+    for ranks, zero, stop in PARTS:
+        arguments = [command("parts", PLAIN, f"training.zero={zero}", "training.keep=9"), stop, str(tmp_path / "again")]
+        before = checkpoint.newest(tmp_path / "parts")
+        answer = warm("test_parallel:part", arguments, ranks=ranks)
+        assert answer["codes"] == [85 if stop else 0] * ranks, answer["err"][0]
+        if before:
+            taken_up, again = whole(before), whole(tmp_path / "again" / "checkpoints" / before.name)
+            assert len(taken_up) > 100
+            torch.testing.assert_close(again, taken_up, rtol=0, atol=0)
+    assert selfsight(command("one", PLAIN)) == 0
+    assert_same_training(read(tmp_path / "one"), read(tmp_path / "parts"), 12)
 
 
 def test_cores_are_shared_out_among_those_that_share_them():

@@ -10,7 +10,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -35,6 +35,7 @@ class Cluster:
     device: torch.device
     ranks_here: int = 1  # on this machine
     sharing: int = 1  # of those, how many may run on the same cores: srun gives each some of its own, torchrun does not
+    group: dist.ProcessGroup | None = None  # whose collectives are called; None is the one that training speaks through
 
     def collective(self) -> Collective:
         return DistributedCollective() if self.world_size > 1 else Collective()
@@ -55,11 +56,15 @@ class Cluster:
 
     def gather_objects(self, x: T) -> list[T]:
         """`x` of every rank, in rank order."""
-        if self.world_size == 1:
-            return [x]
-        everyone: list = [None] * self.world_size
-        dist.all_gather_object(everyone, x)
+        everyone = [x] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(everyone, x, group=self.group)
         return everyone
+
+    def aside(self) -> "Cluster":
+        """The same ranks with a group of their own, over the network of the hosts, so that a thread may agree on
+        something while training goes on. All ranks call it."""
+        return replace(self, group=dist.new_group(backend="gloo")) if self.world_size > 1 else self
 
     def on_first(self, work: Callable[[], T]) -> T:
         """What `work()` returns on rank 0, on every rank; a mistake of the user is raised on all of them."""
@@ -71,7 +76,7 @@ class Cluster:
                 outcome[0] = work()
             except (UserError, OSError) as e:
                 outcome[1] = str(e)
-        dist.broadcast_object_list(outcome, src=0)
+        dist.broadcast_object_list(outcome, src=0, group=self.group)
         if outcome[1] is not None:
             raise AgreedError(outcome[1])
         return outcome[0]

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import isfinite, nan
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +19,6 @@ from selfsight.recipe import Recipe
 from selfsight.training import noise, optim, schedules, sharding
 from selfsight.training.cluster import Cluster
 from selfsight.training.teacher import Teacher
-
-STATE = "deepspeed"  # DeepSpeed's folder inside a checkpoint
 
 
 @dataclass
@@ -153,12 +150,3 @@ class Engine:
     def whole_state(self) -> dict[str, Tensor]:
         """On rank 0 the objective's whole state, copied to the CPU; elsewhere nothing. All ranks call it."""
         return sharding.whole_state(self.objective, wanted=self.cluster.rank == 0)
-
-    def save(self, folder: Path) -> None:
-        """Every rank writes its optimiser state below `folder`. The frozen teacher is not in it."""
-        self.engine.save_checkpoint(str(folder), tag=STATE, save_latest=False, exclude_frozen_parameters=True)
-
-    def load(self, folder: Path, weights: dict[str, Any]) -> None:
-        """Takes up what `save` wrote, which DeepSpeed un-pickles, and the objective's whole state."""
-        self.engine.load_checkpoint(str(folder), tag=STATE, load_module_strict=False)
-        sharding.load_state(self.engine, weights)

@@ -15,7 +15,7 @@ class Interrupts:
     """Listens for the time of a `with` block. Outside the main thread signals cannot be had, and it listens to none."""
 
     def __init__(self) -> None:
-        self.received: str | None = None  # the signal's name
+        self.received: str | None = None  # the signal's name, or who asked
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "Interrupts":
@@ -30,6 +30,10 @@ class Interrupts:
     def _note(self, number: int, _: FrameType | None) -> None:
         self.received = signal.Signals(number).name
         signal.signal(number, self._before[signal.Signals(number)])  # type: ignore[arg-type]
+
+    def ask(self, who: str) -> None:
+        """Asks as a signal does. Any thread may call it."""
+        self.received = self.received or who
 
     def asked_to_stop(self) -> bool:
         return self.received is not None

@@ -23,20 +23,20 @@ class Log:
         from torch.utils.tensorboard.writer import SummaryWriter
 
         self.records = cut(run / FILE, step)  # of the steps before
+        self.newest: dict[str, float] = {}  # what was logged last of every name, since
         self._file = (run / FILE).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def record(self, step: int, values: dict[str, float]) -> None:
         """One step's numbers; "step" counts the steps done."""
+        self.newest.update(values)
         self._line({"step": step, **values})
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
     def measure(self, step: int, values: dict[str, float]) -> None:
         """Numbers that are not of a step, but of the encoder after it."""
-        self._line({"step": step, **values})
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        self.record(step, values)
 
     def event(self, step: int, sentence: str) -> None:
         self._line({"step": step, "event": sentence})

@@ -1,5 +1,6 @@
 """Keys that are null in a recipe, settled from the hardware and the corpus; and what may change when a run goes on."""
 
+import re
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ LEAST = {
     "training.returns": 0,
     "probe.every": 1,
     "probe.images": 1,
+    "training.keep_every": 1,
 }
 
 
@@ -68,6 +70,8 @@ def check(recipe: Recipe) -> None:
         raise UserError(f"stream.crops is {recipe.stream.crops!r}: choose cpu or device, or leave it null")
     if recipe.stream.decode not in ("cpu", "device"):
         raise UserError(f"stream.decode is {recipe.stream.decode!r}: choose cpu or device")
+    if (best := training.keep_best) is not None and not re.fullmatch(r"(min|max) \S+", best):
+        raise UserError(f"training.keep_best is {best!r}: say max or min and a number of the log, such as 'min loss'")
     check_range("stream.max_damaged", recipe.stream.max_damaged, 0, 1)
     check_range("seed", recipe.seed, 0, 2**63 - 1)
 

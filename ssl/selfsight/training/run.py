@@ -32,6 +32,7 @@ from selfsight.training.log import Log
 from selfsight.training.loop import Loop, Trouble
 from selfsight.training.probing import Probe, Probing
 from selfsight.training.refused import Refused
+from selfsight.training.saver import Saver
 from selfsight.weights.checkpoint import export_run
 from selfsight.weights.run import exports, read_state
 
@@ -85,7 +86,7 @@ class _Run:
         if path:
             state = read_state(path)
             checkpoint.check(path, state, self._state(0))
-        self.checkpoint, self.start = path, state["step"]
+        self.checkpoint, self.start, self.metrics = path, state["step"], state.get("metrics", {})
         before = self.start + state.get("skipped", 0)
         go_on = before if position is None else position
         self.skipped = go_on - self.start
@@ -158,13 +159,16 @@ class _Run:
         engine = Engine(self.objective, self.recipe, self.cluster)
         if self.cluster.rank == 0:
             self._announce()
-        with Interrupts() as interrupts:
-            trouble = self._train(engine, interrupts)
+        with (
+            Interrupts() as interrupts,
+            Saver(self.path, engine, failed=interrupts.ask, published=self._export) as saver,
+        ):
+            trouble = self._train(engine, interrupts, saver)
             while trouble:
-                trouble = self._train(engine, interrupts, self._return(trouble))
+                trouble = self._train(engine, interrupts, saver, self._return(trouble))
         return self.path
 
-    def _train(self, engine: Engine, interrupts: Interrupts, news: str = "") -> Trouble | None:
+    def _train(self, engine: Engine, interrupts: Interrupts, saver: Saver, news: str = "") -> Trouble | None:
         """From the checkpoint taken up to the end, or to where training has to return to one."""
         if self.checkpoint:
             checkpoint.load(self.checkpoint, engine)
@@ -179,7 +183,7 @@ class _Run:
             start=self.start,
             total_steps=self.total_steps,
             steps_per_epoch=self.steps_per_epoch,
-            save=lambda step: self._save(engine, step, log),
+            save=lambda step: self._save(saver, step, log),
         )
         try:
             if news:
@@ -187,9 +191,11 @@ class _Run:
             if self.checkpoint:
                 self.cluster.on_first(lambda: self._export(self.start))
             else:
-                self._save(engine, 0, log)  # to return to; and a disk that is full is found before the first step
+                self._save(saver, 0, log)  # to return to
+                saver.wait()  # a disk that is full is found before the first step
             loop.run(interrupts)
         except Trouble as trouble:
+            saver.wait()
             return trouble
         finally:
             if log:
@@ -250,14 +256,14 @@ class _Run:
             f"ZeRO-{recipe.training.zero}, {recipe.training.precision}"
         )
 
-    def _save(self, engine: Engine, step: int, log: Log | None) -> None:
+    def _save(self, saver: Saver, step: int, log: Log | None) -> None:
         if log:
             log.flush()
-        state = {**self._state(step), "skipped": self.skipped}
+        metrics = {**self.metrics, **log.newest} if log else {}  # what was logged last under every name
+        state = {**self._state(step), "skipped": self.skipped, "metrics": metrics}
         if self.account:
             state |= self.account.open(step + self.skipped)
-        checkpoint.save(self.path, engine, state, keep=self.recipe.training.keep)
-        self.cluster.on_first(lambda: self._export(step))
+        saver.save(state)
 
     def _export(self, step: int) -> None:
         """exports/step_…, from that step's checkpoint: the teacher if there is one, else the student."""

@@ -10,7 +10,7 @@ import yaml
 from selfsight.errors import UserError
 from selfsight.weights.folder import ORIGIN
 
-STATE_SCHEMA = 1
+STATE_SCHEMA = 2
 # Keys of a recipe that change nothing about what is learnt: they may differ when a run goes on.
 FREE = (
     *("corpus", "selection", "mixture", "unindexed.shards", "output"),  # what they hold is in the corpus id
@@ -22,6 +22,8 @@ FREE = (
         "stream.decode",
         "stream.max_damaged",
         "training.log_every",
+        "training.zero",
+        "training.offload",
         "training.checkpoint_every",
         "training.keep",
         "training.patience",
@@ -29,6 +31,8 @@ FREE = (
         "probe.corpus",
         "probe.every",
         "probe.images",
+        "training.keep_every",
+        "training.keep_best",
     ),
 )
 
@@ -38,7 +42,7 @@ def is_run(path: Path) -> bool:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """state.json of a checkpoint. Raises UserError when it is damaged or of a newer selfsight."""
+    """state.json of a checkpoint. Raises UserError when it is damaged or of another version of selfsight."""
     try:
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
         schema, _ = int(state["schema"]), int(state["step"])
@@ -50,6 +54,11 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     if schema > STATE_SCHEMA:
         raise UserError(
             f"{checkpoint} was written by a newer selfsight (schema {schema}, this one reads {STATE_SCHEMA}): update"
+        )
+    if schema < STATE_SCHEMA:
+        raise UserError(
+            f"{checkpoint} was written by an older selfsight (schema {schema}, this one reads {STATE_SCHEMA}): "
+            "finish the run with that one, or begin it anew in another output"
         )
     return state
 
