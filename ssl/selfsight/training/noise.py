@@ -46,9 +46,11 @@ def part_of(batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
     return {name: x[:few] if x.ndim < 5 else x[:, :few] for name, x in batch.items()}, few
 
 
-def squares_of(objective: Objective, parameters: list[Tensor], batch: dict[str, Tensor], progress: Progress):
-    """Squared norms of the gradients of a batch that is not trained on: a list. Leaves no trace: gradients,
-    statistics and generators are as they were."""
+def squares_of(
+    objective: Objective, parameters: list[Tensor], batch: dict[str, Tensor], progress: Progress
+) -> list[Tensor]:
+    """Squared norms of the gradients of a batch that is not trained on. Leaves no trace: gradients, statistics and
+    generators are as they were."""
     device = parameters[0].device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         loss = objective(batch, progress).loss
