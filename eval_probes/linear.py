@@ -1,21 +1,24 @@
-"""The linear probe: multinomial logistic regression by SGD on kept features, a whole grid of learning rates at once.
+"""The linear probe: multinomial logistic regression by SGD on kept features, a whole grid of heads at once.
 
-All heads see the same batches, so one matrix product serves them all: W is (D, heads·C) and the gradient of each head
-depends on its own columns only. The learning rate is chosen on a stratified tenth of the *training* images; then the
-chosen head is trained again on all of them and meets the test images once.
+The grid is learning rate × tokens, and all its heads see the same batches. Rate and tokens are chosen on a stratified
+tenth of the *training* images; then the chosen head is trained again on all of them and meets the test images once.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from eval_probes.bench import Bench
 from eval_probes.features import Features, check_pair
-from eval_probes.protocol import FeatureProtocol
+from eval_probes.grid import Grid, right_ones
+from eval_probes.pooling import Pooling
+from eval_probes.protocol import Protocol
 from eval_probes.results import Score, score_of
 from eval_probes.subject import pick_device
 from selfsight.console import progress
@@ -23,70 +26,75 @@ from selfsight.errors import UserError
 
 
 @dataclass(frozen=True)
-class Linear(FeatureProtocol):
+class Linear(Protocol):
     """Features are standardised by the training images' statistics, which lets one grid serve encoders of any scale."""
 
     kind = "linear"
+    tokens: tuple[str, ...] = ("cls",)  # each becomes an input of its own: cls, avg, cls4+avg, …: see `Pooling`
+    resize: int | None = None  # shorter side before the crop, pixels; None: as the weights say
     lrs: tuple[float, ...] = tuple(float(f"{10 ** (i / 3):.3g}") for i in range(-12, 1))  # 1e-4 … 1
     batch_size: int = 512
     epochs: int = 20
     min_steps: int = 1000  # small sets are seen more often
     momentum: float = 0.9
     weight_decay: float = 0.0
-    held_out: float = 0.1  # fraction of each class's training images on which the learning rate is chosen
+    held_out: float = 0.1  # fraction of each class's training images on which rate and tokens are chosen
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.lrs or min(self.lrs) <= 0 or self.batch_size < 1 or not 0 < self.held_out < 1:
             raise UserError("a linear probe needs positive learning rates, a batch size and 0 < held_out < 1")
+        if not self.tokens:
+            raise UserError("a linear probe needs tokens to look at: give cls, avg, cls4+avg or the like")
+
+    def poolings(self) -> list[Pooling]:
+        return [Pooling.parse(tag) for tag in self.tokens]
 
     def run(self, bench: Bench) -> list[Score]:
-        train, test = bench.pair(self)
-        return [evaluate(train, test, self, device=bench.how.device)]
+        train, test = bench.labelled()
+        widest = reduce(or_, self.poolings())
+        features = (bench.features(corpus, widest, resize=self.resize) for corpus in (train, test))
+        return [evaluate(*features, self, device=bench.how.device)]
 
     def steps(self, n: int) -> int:
         return max(self.min_steps, self.epochs * math.ceil(n / self.batch_size))
 
 
-@dataclass(frozen=True)
-class Heads:
-    """Trained heads, one for each learning rate. `weight` (H, D, C), `bias` (H, C)."""
-
-    weight: Tensor
-    bias: Tensor
-
-    def logits(self, X: Tensor) -> Tensor:
-        """X (N, D) → (H, N, C)."""
-        return torch.einsum("nd,hdc->hnc", X, self.weight) + self.bias[:, None]
-
-
-def train_heads(X: Tensor, y: Tensor, n_classes: int, protocol: Linear, *, label: str | None = None) -> Heads:
-    """Trains a head per learning rate of `protocol` on X (N, D) float32 and y (N,) int64, from zero weights.
+def train_heads(
+    X: Tensor, y: Tensor, n_classes: int, protocol: Linear, inputs: Sequence[slice] | None = None, *, label: str = ""
+) -> Grid:
+    """Trains a head per learning rate of `protocol` for each of `inputs`, columns of X (N, D) float32, or for all of X;
+    y (N,) int64. From zero weights.
 
     SGD with momentum on the mean cross entropy, cosine to zero; batches are drawn from seeded permutations, and every
     head sees the same ones. Equal to training each head by itself, up to the order of sums.
     """
-    device, (n, d), h = X.device, X.shape, len(protocol.lrs)
-    lr = torch.tensor(protocol.lrs, device=device).repeat_interleave(n_classes)  # one per column, head-major
-    weight = torch.zeros(d + 1, h * n_classes, device=device)  # the last row is the bias
-    momentum = torch.zeros_like(weight)
-    X1 = torch.cat([X, torch.ones(n, 1, device=device)], dim=1)
-    total = protocol.steps(n)
+    inputs = inputs or [slice(None)]
+    n = len(X)
+    size, total = min(protocol.batch_size, n), protocol.steps(n)
+    grid = Grid(
+        [X[:1, columns].shape[1] for columns in inputs],
+        protocol.lrs,
+        n_classes,
+        momentum=protocol.momentum,
+        weight_decay=protocol.weight_decay,
+        device=X.device,
+    )
+    x = X.new_empty(size, X.shape[1])
     with progress(label or "linear probe", total=total) as bar:
-        for step, rows in enumerate(batches(n, min(protocol.batch_size, n), total, protocol.seed)):
-            rows = rows.to(device)
-            x, target = X1[rows], y[rows]
-            p_BHC = rearrange(x @ weight, "b (h c) -> b h c", h=h).softmax(dim=-1)
-            p_BHC.scatter_add_(2, target.view(-1, 1, 1).expand(-1, h, 1), -torch.ones(len(x), h, 1, device=device))
-            gradient = x.T @ rearrange(p_BHC, "b h c -> b (h c)") / len(x)  # of the mean cross entropy
-            if protocol.weight_decay:
-                gradient[:-1] += protocol.weight_decay * weight[:-1]
-            momentum.mul_(protocol.momentum).add_(gradient)
-            weight -= lr * (0.5 * (1 + math.cos(math.pi * step / total))) * momentum
+        for step, rows in enumerate(batches(n, size, total, protocol.seed)):
+            rows = rows.to(X.device)
+            # Into the same memory each time, which is still in the cache when the products read it.
+            torch.index_select(X, 0, rows, out=x)
+            grid.step([x[:, columns] for columns in inputs], y[rows], cosine(step / total))
             bar.advance()
-    weight = rearrange(weight, "d (h c) -> h d c", h=h)
-    return Heads(weight[:, :-1].contiguous(), weight[:, -1].contiguous())
+    return grid
+
+
+def cosine(progress: float) -> float:
+    """From 1 to 0 as `progress` goes from 0 to 1."""
+    return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def batches(n: int, batch_size: int, total: int, seed: int):
@@ -120,19 +128,11 @@ def standardise(fit: Tensor, *others: Tensor) -> list[Tensor]:
     return [(x - mean) * scale for x in (fit, *others)]
 
 
-def right_ones(heads: Heads, X: Tensor, y: Tensor, top: int = 1) -> Tensor:
-    """bool (H, N): whether y is among each head's `top` best; a head that diverged has none right."""
-    found = []
-    for x, target in zip(X.split(8192), y.split(8192), strict=True):
-        logits = heads.logits(x)
-        own = logits.gather(2, target.view(1, -1, 1).expand(len(logits), -1, 1))
-        # Equal logits count against the head: a constant one has no answer.
-        found.append(((logits >= own).sum(dim=2) <= top) & logits.isfinite().all(dim=2))
-    return torch.cat(found, dim=1)
-
-
 def evaluate(train: Features, test: Features, protocol: Linear | None = None, *, device: str | None = None) -> Score:
-    """Accuracy on `test` of the probe chosen and trained on `train`. Raises UserError as `check_pair` does."""
+    """Accuracy on `test` of the probe chosen and trained on `train`, whose features hold all of the protocol's tokens.
+
+    Raises UserError as `check_pair` does.
+    """
     protocol = protocol or PRESETS["linear"]
     n_classes = check_pair(train, test)
     place = pick_device(device)
@@ -142,26 +142,33 @@ def evaluate(train: Features, test: Features, protocol: Linear | None = None, *,
         raise UserError(f"{train.corpus} has one image per class: a probe needs two to choose its learning rate")
     X, y = train.tensor(place), train.labels(place)
     rows_fit, rows_held = torch.from_numpy(fit).to(place), torch.from_numpy(held).to(place)
+    # Raw pixels have no tokens to choose from.
+    poolings = [train.pooling] if train.subject.is_pixels else protocol.poolings()
+    inputs = [p.columns(X.shape[1], train.pooling) for p in poolings]
 
     X_fit, X_held = standardise(X[rows_fit], X[rows_held])
-    grid = train_heads(X_fit, y[rows_fit], n_classes, protocol, label="linear probe: learning rates")
-    accuracy = right_ones(grid, X_held, y[rows_held]).float().mean(dim=1).tolist()
-    best = int(np.argmax(accuracy))  # the smallest learning rate among equals
-    del X_fit, X_held
+    grid = train_heads(X_fit, y[rows_fit], n_classes, protocol, inputs, label=f"linear probe: {len(inputs)} × rates")
+    accuracy = grid.right([X_held[:, columns] for columns in inputs], y[rows_held]).float().mean(dim=1).tolist()
+    best = int(np.argmax(accuracy))  # the first tokens and the smallest learning rate among equals
+    which, lr = best // len(protocol.lrs), protocol.lrs[best % len(protocol.lrs)]
+    del X_fit, X_held, grid
 
-    X, X_test = standardise(X, test.tensor(place))
-    chosen = replace(protocol, lrs=(protocol.lrs[best],))
-    head = train_heads(X, y, n_classes, chosen, label="linear probe: chosen head")
-    y_test = test.labels(place)
+    X, X_test = (x[:, inputs[which]] for x in standardise(X, test.tensor(place)))
+    grid = train_heads(X, y, n_classes, replace(protocol, lrs=(lr,)), label="linear probe: chosen head")
+    (head,), y_test = grid.heads(), test.labels(place)
     details = {
-        "lr": protocol.lrs[best],
+        "lr": lr,
         "held_out_accuracy": accuracy[best],
-        "held_out_by_lr": {f"{lr:g}": a for lr, a in zip(protocol.lrs, accuracy, strict=True)},
+        "held_out": [
+            {"tokens": p.tag, "lr": rate, "accuracy": accuracy[i * len(protocol.lrs) + j]}
+            for i, p in enumerate(poolings)
+            for j, rate in enumerate(protocol.lrs)
+        ],
         "train_accuracy": float(right_ones(head, X, y).float().mean()),
         "steps": protocol.steps(train.n),
         "n_train": train.n,
         "n_classes": n_classes,
-        "features": test.describe(),
+        "features": {**test.describe(), "tokens": poolings[which].tag, "dimension": X.shape[1]},
     }
     if n_classes > 5:
         details["top5"] = float(right_ones(head, X_test, y_test, top=5).float().mean())
@@ -169,4 +176,7 @@ def evaluate(train: Features, test: Features, protocol: Linear | None = None, *,
     return score_of("top1", items, protocol, test.subject, train=train.corpus_id, test=test.corpus_id, details=details)
 
 
-PRESETS = {"linear": Linear()}
+# DINOv2's choice of tokens: class tokens of one block or of four, with or without the mean patch token.
+DINOV2_TOKENS = ("cls", "cls4", "cls+avg", "cls4+avg")
+
+PRESETS = {"linear": Linear(), "linear-grid": Linear("linear-grid", tokens=DINOV2_TOKENS)}

@@ -67,11 +67,15 @@ class Pooling:
         """The smallest that covers both."""
         return Pooling(max(self.n_last_blocks, other.n_last_blocks), self.avgpool or other.avgpool)
 
+    def columns(self, width: int, of: "Pooling") -> slice:
+        """Where its tokens lie in the `width` columns that `of`, which covers it, has stored, one after the other."""
+        embed_dim = width // (of.n_last_blocks + of.avgpool)
+        first = (of.n_last_blocks - self.n_last_blocks) * embed_dim
+        return slice(first, first + self.width(embed_dim))
+
     def take(self, features: np.ndarray, of: "Pooling") -> np.ndarray:
         """Its features out of those (N, D') that `of`, which covers it, has stored; a view where it can be one."""
-        embed_dim = features.shape[1] // (of.n_last_blocks + of.avgpool)
-        first = (of.n_last_blocks - self.n_last_blocks) * embed_dim
-        found = features[:, first : first + self.width(embed_dim)]
+        found = features[:, self.columns(features.shape[1], of)]
         return rearrange(found, "n (two d) -> n (d two)", two=2) if self.interleave else found
 
     def __call__(self, tokens: Sequence[Tokens]) -> Tensor:

@@ -27,6 +27,7 @@ MODULES = {
     "dino-knn": ("eval_probes.knn", "DINO's vote: k = 20, T = 0.07"),
     "dinov2-knn": ("eval_probes.knn", "DINOv2's: the same numbers, and the same ranking"),
     "linear": ("eval_probes.linear", "linear probe, learning rate chosen on held-out training images"),
+    "linear-grid": ("eval_probes.linear", "the same over DINOv2's four choices of tokens as well"),
     "ridge": ("eval_probes.ridge", "ridge regression in closed form, λ chosen on held-out training images"),
     "label-free": ("eval_probes.labelfree", "RankMe, α-ReQ, uniformity and spread of the test images' features"),
     "mae-linprobe": ("eval_probes.linprobe", "MAE's linear probe: batch norm and LARS, 90 epochs"),

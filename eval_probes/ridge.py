@@ -13,7 +13,8 @@ from torch import Tensor
 
 from eval_probes.bench import Bench
 from eval_probes.features import Features, check_pair
-from eval_probes.linear import Heads, hold_out, right_ones
+from eval_probes.grid import Heads, right_ones
+from eval_probes.linear import hold_out
 from eval_probes.protocol import FeatureProtocol
 from eval_probes.results import Score, score_of
 from eval_probes.subject import pick_device

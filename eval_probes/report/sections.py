@@ -224,8 +224,8 @@ def _protocol(score: Score) -> str:
     details, parts = score.details, [f"Protocol {score.protocol} {score.protocol_digest[:8]}"]
     if "k" in details and "temperature" in details:
         parts.append(f"k = {details['k']}, temperature {number(details['temperature'])}")
-    if "held_out_by_lr" in details:
-        parts.append(f"best of {len(details['held_out_by_lr'])} learning rates on a tenth of the training images")
+    if "held_out" in details:
+        parts.append(f"best of {len(details['held_out'])} heads on a tenth of the training images")
     if "n_train" in details:
         parts.append(f"{count(details['n_train'])} training images")
     return ", ".join(parts)

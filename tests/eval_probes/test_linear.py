@@ -80,21 +80,30 @@ def test_golden_mae_linprobe(golden):
     numbers.check(case, "eval_logits", head(given["x_eval"]))
 
 
-def test_the_grid_equals_heads_trained_alone():
-    data = blobs(200, 0, "a")
+def wide(features: Features) -> Features:
+    """Four blocks of class tokens and a mean token; only the first of the blocks knows the class."""
+    noise = np.random.default_rng(7).normal(size=(features.n, 48)).astype(np.float32)
+    return replace(features, X=np.concatenate([features.X, noise], axis=1), pooling=Pooling(4, True))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.01])
+def test_the_grid_equals_heads_trained_alone(decay):
+    data = wide(blobs(200, 0, "a"))
     X, y = torch.from_numpy(data.X), torch.from_numpy(data.y)
-    protocol = replace(QUICK, weight_decay=0.01)
-    grid = linear.train_heads(X, y, 4, protocol)
-    for i, lr in enumerate(protocol.lrs):
-        alone = linear.train_heads(X, y, 4, replace(protocol, lrs=(lr,)))
-        torch.testing.assert_close(grid.weight[i], alone.weight[0], rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(grid.bias[i], alone.bias[0], rtol=1e-5, atol=1e-6)
+    protocol = replace(QUICK, tokens=linear.DINOV2_TOKENS, weight_decay=decay)
+    inputs = [p.columns(X.shape[1], data.pooling) for p in protocol.poolings()]
+    grid = linear.train_heads(X, y, 4, protocol, inputs)
+    for columns, heads in zip(inputs, grid.heads(), strict=True):
+        for i, lr in enumerate(protocol.lrs):
+            (alone,) = linear.train_heads(X[:, columns], y, 4, replace(protocol, lrs=(lr,))).heads()
+            torch.testing.assert_close(heads.weight[i], alone.weight[0], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(heads.bias[i], alone.bias[0], rtol=1e-5, atol=1e-6)
 
 
 def test_a_head_equals_torchs_own_sgd():
     data = blobs(200, 0, "a")
     X, y = torch.from_numpy(data.X), torch.from_numpy(data.y)
-    ours = linear.train_heads(X, y, 4, replace(QUICK, lrs=(0.05,)))
+    (ours,) = linear.train_heads(X, y, 4, replace(QUICK, lrs=(0.05,))).heads()
     head = nn.Linear(12, 4)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
@@ -108,6 +117,23 @@ def test_a_head_equals_torchs_own_sgd():
         cosine.step()
     torch.testing.assert_close(ours.weight[0], head.weight.T, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours.bias[0], head.bias, rtol=1e-4, atol=1e-5)
+
+
+def test_the_tokens_that_know_the_class_are_chosen():
+    train, test = wide(blobs(400, 0, "a")), wide(blobs(100, 1, "b"))
+    score = linear.evaluate(train, test, replace(QUICK, tokens=("cls", "cls+avg", "cls4")))
+    assert score.value > 0.95
+    assert score.details["features"]["tokens"] == "cls4"
+    told = score.details["held_out"]
+    assert len(told) == 9
+    assert max(told, key=lambda head: head["accuracy"])["accuracy"] == score.details["held_out_accuracy"]
+    alone = linear.evaluate(train, test, replace(QUICK, tokens=("cls4",), lrs=(score.details["lr"],)))
+    assert np.array_equal(alone.items, score.items)
+
+
+def test_rates_that_round_alike_are_heads_of_their_own():
+    score = linear.evaluate(blobs(400, 0, "a"), blobs(100, 1, "b"), replace(QUICK, lrs=(1e-6, 1.1e-6)))
+    assert [head["lr"] for head in score.details["held_out"]] == [1e-6, 1.1e-6]
 
 
 def test_separable_classes_are_separated_and_twice_gives_the_same():
