@@ -28,6 +28,7 @@ CURVES = {
     "momentum": ("EMA momentum", ""),
     "images_per_second": ("Throughput", "images/s"),
     "data_wait": ("Waiting for images", "of the time"),
+    "peak_memory": ("Memory, at most", "GiB"),
 }
 NOT_CURVES = {"step", "epoch"}
 ALARMS = 6  # said in words at the head of the page; all are marked on the curves

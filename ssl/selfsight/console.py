@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 LOG_EVERY = 10.0  # seconds between plain lines
 
@@ -20,16 +21,24 @@ class Progress:
         self.label, self.total, self.done = label, total, done
         self._bar = bar
         self._task = bar.add_task(label, total=total, completed=done, note="") if bar else None
-        self._next = time.monotonic() + LOG_EVERY
+        self._began, self._first = time.monotonic(), done
+        self._next = self._began + LOG_EVERY
 
-    def advance(self, n: int = 1, **shown: object) -> None:
+    def advance(self, n: int = 1, /, **shown: object) -> None:
         self.done += n
-        note = " ".join(f"{k} {v}" for k, v in shown.items())
+        note = "  ".join(f"{k} {v}" for k, v in shown.items())
         if self._bar:
             self._bar.update(self._task, advance=n, **({"note": note} if note else {}))
         elif self.done >= self.total or time.monotonic() >= self._next:
             self._next = time.monotonic() + LOG_EVERY
-            say(f"{self.label}: {self.done}/{self.total}{'  ' + note if note else ''}")
+            say(f"{self.label}: {self.done}/{self.total}{'  ' + note if note else ''}{self._left()}")
+
+    def _left(self) -> str:
+        """How long the rest will take, at the pace since the beginning."""
+        if self.done >= self.total:
+            return ""
+        pace = (time.monotonic() - self._began) / max(self.done - self._first, 1)
+        return f"  {timedelta(seconds=round((self.total - self.done) * pace))} left"
 
 
 @contextmanager
@@ -49,5 +58,5 @@ def progress(label: str, total: int, done: int = 0) -> Iterator[Progress]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Bar(*columns, console=Console(stderr=True)) as bar:
+    with Bar(*columns, console=Console(stderr=True), refresh_per_second=1) as bar:
         yield Progress(label, total, done, bar)

@@ -113,6 +113,14 @@ class ProbeConfig:
 
 
 @dataclass
+class LogConfig:
+    """Where a run's numbers go beside its metrics.jsonl and TensorBoard."""
+
+    wandb: str | None = None  # a project of Weights & Biases; WANDB_MODE=offline keeps it in the run folder
+    mlflow: str | None = None  # an MLflow store: a server's URL, or sqlite:///FILE.db
+
+
+@dataclass
 class Recipe:
     corpus: str | None = None  # folder or URL of what `selfsight corpus build` made; training needs it, or a mixture
     selection: str | None = None  # name of one of its selections, or a Parquet file; null = all images once
@@ -130,6 +138,7 @@ class Recipe:
     stream: StreamConfig = field(default_factory=StreamConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     provenance: dict[str, str] = field(default_factory=dict, compare=False, repr=False)  # "a.b" → origin
 
     @property

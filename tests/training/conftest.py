@@ -137,7 +137,7 @@ def read() -> Callable[[Path], tuple[list[dict[str, Any]], dict[str, torch.Tenso
     def read(run: Path) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         records = [line for line in lines if "loss" in line]
-        timings = ("images_per_second", "data_wait")
+        timings = ("images_per_second", "data_wait", "peak_memory")
         newest = max((run / "checkpoints").glob("step_*"))
         weights = load_file(newest / "objective.safetensors")
         return [{k: v for k, v in r.items() if k not in timings} for r in records], weights

@@ -87,14 +87,14 @@ def test_gpus_that_are_none(text, sentence):
 
 
 def test_the_command(capsys, selfsight, corpora):
-    small = ["plan", "mae/vit_tiny_patch4_cifar10", "encoder.args.depth=2", "objective.decoder_depth=1"]
+    small = ["plan", "mae/vit_tiny_patch4_cifar10", "encoder.args.depth=2", "objective.decoder_depth=1", "epochs=10"]
     assert (
         selfsight([*small, "--gpus", "2", "--gpu", "a100-80", "--json", f"corpus={corpora['one']}", "batch_size=8"])
         == 0
     )
     plan = json.loads(capsys.readouterr().out)
     assert plan["micro_batch"] == 4
-    assert plan["total_steps"] == 48 // 8 * 200
+    assert plan["total_steps"] == 48 // 8 * 10
     assert plan["memory"]["full"]["0"]["activations"] < plan["memory"]["none"]["0"]["activations"]
     seconds = plan["total_steps"] * 8 * plan["flops_per_image"] / (2 * 312e12 * plan["utilisation"])
     assert plan["days"] == pytest.approx(seconds / 86400)

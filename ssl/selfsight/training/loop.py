@@ -5,6 +5,8 @@ every checkpoint. All ranks go through the same steps and do the same at each. T
 the batches that were passed over when training returned to a checkpoint.
 """
 
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -108,7 +110,8 @@ class Loop:
                     self.save(done)
                     due = False
                 if shown:
-                    shown.advance(loss=f"{result.loss:.4f}", lr=f"{result.lr:.2e}")
+                    rate, memory = f"{self.meter.rate:,.0f}", f"{peak_memory(self.cluster.device):.1f} GiB"
+                    shown.advance(loss=f"{result.loss:.4f}", **{"images/s": rate}, memory=memory)
                 if result.stop and done < self.total_steps:
                     kept = "its steps are being refused, so no" if refused else "a"
                     raise Stopped(
@@ -145,6 +148,7 @@ class Loop:
             "grad_noise": result.grad_noise,
             "images_per_second": rate,
             "data_wait": waited,
+            "peak_memory": peak_memory(self.cluster.device),
             "feature_spread": feature_spread(features).item() if finite else float("nan"),
             "rankme": rankme(features).item() if finite else float("nan"),
             **metrics,
@@ -171,6 +175,7 @@ class Meter:
 
     def __init__(self) -> None:
         self.images, self._waited, self._since = 0, 0.0, time.monotonic()
+        self.rate = 0.0  # images per second at the last reading
 
     def waiting(self, batches: Iterator) -> Iterator:
         while True:
@@ -185,9 +190,17 @@ class Meter:
     def read(self) -> tuple[float, float]:
         now = time.monotonic()
         elapsed = max(now - self._since, 1e-9)
-        values = self.images / elapsed, self._waited / elapsed
+        self.rate, waited = self.images / elapsed, self._waited / elapsed
         self.images, self._waited, self._since = 0, 0.0, now
-        return values
+        return self.rate, waited
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB that this process has taken at most: of its GPU, as torch counts it, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, KiB elsewhere
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

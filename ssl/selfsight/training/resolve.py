@@ -13,7 +13,7 @@ from selfsight.errors import UserError, check_range
 from selfsight.recipe import Recipe
 from selfsight.stream.loader import auto_workers
 from selfsight.stream.order import auto_lanes
-from selfsight.training import optim, schedules
+from selfsight.training import optim, schedules, trackers
 from selfsight.weights.run import FREE
 
 # Keys that a continued run takes from its first part when they are null now.
@@ -63,6 +63,7 @@ def check(recipe: Recipe) -> None:
         raise UserError(f"epochs is {recipe.epochs:g}: give a positive number")
     optim.check(recipe.optimizer)
     schedules.check(recipe.optimizer, recipe.epochs)
+    trackers.check(recipe.log)
     for key, low in LEAST.items():
         if (value := _get(recipe, key)) is not None:
             check_range(key, value, low)

@@ -21,7 +21,7 @@ from selfsight.objectives import Objective
 from selfsight.recipe import Recipe
 from selfsight.stream.loader import StepLoader
 from selfsight.stream.views import Views
-from selfsight.training import checkpoint, cluster, resolve
+from selfsight.training import checkpoint, cluster, resolve, trackers
 from selfsight.training.account import Account
 from selfsight.training.cluster import Cluster
 from selfsight.training.engine import Engine
@@ -172,7 +172,10 @@ class _Run:
         """From the checkpoint taken up to the end, or to where training has to return to one."""
         if self.checkpoint:
             checkpoint.load(self.checkpoint, engine)
-        log = Log(self.path, self.start) if self.cluster.rank == 0 else None
+        log = None
+        if self.cluster.rank == 0:
+            wanted = trackers.wanted(self.recipe.log, self.path, self.recipe.to_dict())
+            log = Log(self.path, self.start, wanted)
         loop = Loop(
             engine,
             self.loader,

@@ -26,6 +26,8 @@ FREE = (
         "training.offload",
         "training.checkpoint_every",
         "training.keep",
+        "log.wandb",
+        "log.mlflow",
         "training.patience",
         "training.returns",
         "probe.corpus",
