@@ -88,6 +88,7 @@ def test_gpus_that_are_none(text, sentence):
 
 def test_the_command(capsys, selfsight, corpora):
     small = ["plan", "mae/vit_tiny_patch4_cifar10", "encoder.args.depth=2", "objective.decoder_depth=1", "epochs=10"]
+    small.append("optimizer.warmup_epochs=0")
     assert (
         selfsight([*small, "--gpus", "2", "--gpu", "a100-80", "--json", f"corpus={corpora['one']}", "batch_size=8"])
         == 0
