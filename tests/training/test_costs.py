@@ -90,14 +90,14 @@ def test_the_command(capsys, selfsight, corpora):
     small = ["plan", "mae/vit_tiny_patch4_cifar10", "encoder.args.depth=2", "objective.decoder_depth=1", "epochs=10"]
     small.append("optimizer.warmup_epochs=0")
     assert (
-        selfsight([*small, "--gpus", "2", "--gpu", "a100-80", "--json", f"corpus={corpora['one']}", "batch_size=8"])
+        selfsight([*small, "--gpus", "2", "--gpu", "a100-80", "--json", f"corpus={corpora['one']}", "batch_size=48"])
         == 0
     )
     plan = json.loads(capsys.readouterr().out)
-    assert plan["micro_batch"] == 4
-    assert plan["total_steps"] == 48 // 8 * 10
+    assert plan["micro_batch"] == 24
+    assert plan["total_steps"] == 10
     assert plan["memory"]["full"]["0"]["activations"] < plan["memory"]["none"]["0"]["activations"]
-    seconds = plan["total_steps"] * 8 * plan["flops_per_image"] / (2 * 312e12 * plan["utilisation"])
+    seconds = plan["total_steps"] * 48 * plan["flops_per_image"] / (2 * 312e12 * plan["utilisation"])
     assert plan["days"] == pytest.approx(seconds / 86400)
     assert selfsight([*small, "--gpu", "1.2:10", "training.zero=1"]) == 0
     shown = capsys.readouterr().out

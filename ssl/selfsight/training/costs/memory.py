@@ -58,7 +58,8 @@ def per_gpu(
         bucket if stage and not touched_only else 0.0,
         step.peak(1 if whole_gradients and accumulation == 1 else 0) - step.views + views,
     )
-    averaging = (own if stage else weights.trained, bucket if stage or ranks > 1 else 0.0, views)
+    sent = bucket if stage else min(weights.trained, BUCKET) * (ranks > 1)  # stage 0 sends copies of what there is
+    averaging = (own if stage else weights.trained, sent, views)
     gradients, buckets, activations = max(backward, averaging, key=sum)
     return Memory(
         weights=weights.trained / (ranks if stage == 3 else 1),
