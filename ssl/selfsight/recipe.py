@@ -101,6 +101,7 @@ class TrainingConfig:
     keep_best: str | None = None  # "max knn", "min loss": the one whose number in the log is best is kept, too
     patience: int = 10  # steps in a row that may be refused, as not finite, before training returns to a checkpoint
     returns: int = 3  # to the same checkpoint, before the run ends; 0 ends it at once
+    return_on_spike: bool = False  # also when the loss stays far above what it was, which always raises an alarm
 
 
 @dataclass

@@ -125,7 +125,7 @@ def test_a_poisoned_stretch_is_passed_over_and_kills_in_between_change_nothing(
                 asked = iter(range(1, 100))
                 patch.setattr(Interrupts, "asked_to_stop", lambda self, asked=asked: next(asked) >= 5)
                 assert selfsight(poisoned(run.name, [5, 6])) == 85
-            assert "its steps are being refused, so no checkpoint is written" in capsys.readouterr().err
+            assert "its loss is out of bounds, so no checkpoint is written" in capsys.readouterr().err
         else:
             killed(monkeypatch, selfsight, poisoned(run.name, [5, 6]), at)
         assert selfsight(poisoned(run.name, [5, 6])) == 0

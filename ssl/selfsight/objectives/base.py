@@ -176,6 +176,11 @@ class Objective(nn.Module, ABC):
     def discard_step(self) -> None:
         """Called instead of `after_step` when the step was not taken: forgets those statistics."""
 
+    def prototype_counts(self) -> Tensor | None:
+        """How often the targets of this rank chose each prototype: (K,) on the device, which the trainer reads and
+        zeroes. None where there are no prototypes. See `losses.PrototypeUse`."""
+        return None
+
     def collapse_values(self) -> dict[str, float]:
         """What "loss" and metrics are for a model to which all images and all prototypes are alike, where that is
         known: the monitors take values that stay there for collapse. A total can hide which of its terms collapsed, so

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from selfsight import encoders
 from selfsight.collective import Collective
 from selfsight.errors import UserError, check_range
+from selfsight.losses import PrototypeUse
 from selfsight.objectives.base import Objective, Outcome, ParameterRule, Progress, cosine_momentum, multi_crop
 from selfsight.recipe import EncoderConfig
 from selfsight.viewspec import CropSpec, ViewSpec
@@ -80,6 +81,7 @@ class DINO(Objective):
             teacher.load_state_dict(student.state_dict())
             teacher.requires_grad_(False)
 
+        self.use = PrototypeUse(config.out_dim)
         self.register_buffer("center", torch.zeros(config.out_dim))
         self.register_buffer("pending_sum", torch.zeros(config.out_dim), persistent=False)
         self.register_buffer("pending_rows", torch.zeros(1), persistent=False)
@@ -136,6 +138,7 @@ class DINO(Objective):
             q = log_q.exp()  # (2, B, K)
             entropy = -(q * log_q).sum(dim=-1).mean()
             if self.training:
+                self.use.add(q)
                 self.pending_sum += logits_t.sum(dim=(0, 1))
                 self.pending_rows += logits_t.shape[0] * logits_t.shape[1]
         loss = dino_loss(logits_s, q, self.config.student_temp)
@@ -179,6 +182,9 @@ class DINO(Objective):
     def discard_step(self) -> None:
         self.pending_sum.zero_()
         self.pending_rows.zero_()
+
+    def prototype_counts(self) -> Tensor:
+        return self.use.counts
 
     def collapse_values(self) -> dict[str, float]:
         ln_k = math.log(self.config.out_dim)

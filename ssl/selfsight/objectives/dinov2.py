@@ -98,6 +98,8 @@ class DINOv2(IBOT):
             logits_t = self.per_crop(teacher_head(t.cls), batch)
             q = self.cls_targets(logits_t, self.teacher_temperature(progress))  # (2, B, K)
             entropy = torch.special.entr(q).sum(dim=-1).mean()
+            if self.training:
+                self.use.add(q)
         l_local, l_global = dino_losses(self.per_crop(student_head(cls_s), batch), q, self.config.student_temp)
         first, second = cls_s[: len(mask)].chunk(2)  # of the global crops, before the head; each crop by itself
         terms = {

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from selfsight import encoders
 from selfsight.collective import Collective
 from selfsight.errors import UserError, check_range
-from selfsight.losses import sinkhorn_knopp
+from selfsight.losses import PrototypeUse, sinkhorn_knopp
 from selfsight.objectives.base import Objective, Outcome, Progress, freeze_final_bias
 from selfsight.recipe import EncoderConfig
 from selfsight.viewspec import CropSpec, NoiseSpec, ViewSpec
@@ -69,6 +69,7 @@ class MSN(Objective):
             teacher.load_state_dict(student.state_dict())
             teacher.requires_grad_(False)
         self.prototypes = nn.Parameter(nn.Linear(c.output_dim, c.num_proto, bias=False).weight.detach())  # q, (K, D)
+        self.use = PrototypeUse(c.num_proto)
         self.num_patches = self.student.grid(c.rand_size) ** 2
         self.len_keep = int(self.num_patches * (1 - c.patch_drop))
         if self.len_keep < 1:
@@ -127,6 +128,8 @@ class MSN(Objective):
             with torch.no_grad():
                 scores = cosines(z_t.to(dtype), self.prototypes)
                 q = targets(scores, c.temperature, c.sharpen, c.sinkhorn_iterations, self.collective)
+                if self.training:
+                    self.use.add(q)
             match = -(q * log_p).sum(dim=-1).mean()
             prior = power_law(c.num_proto, c.prior_exponent).to(log_p) if c.prior_exponent is not None else None
             balance = balance_loss(log_p.exp(), prior, self.collective)
@@ -150,6 +153,9 @@ class MSN(Objective):
     def teacher_momentum(self, progress: Progress) -> float:
         start = self.config.momentum_teacher
         return start + (1 - start) * progress.step / progress.total_steps
+
+    def prototype_counts(self) -> Tensor:
+        return self.use.counts
 
     def collapse_values(self) -> dict[str, float]:
         """Of equal scores: uniform predictions cost ln K and me-max nothing; a power law lies away from them."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from selfsight import encoders
 from selfsight.collective import Collective
 from selfsight.errors import UserError, check_range
-from selfsight.losses import sinkhorn_knopp
+from selfsight.losses import PrototypeUse, sinkhorn_knopp
 from selfsight.objectives.base import Objective, Outcome, ParameterRule, Progress, freeze_final_bias, multi_crop
 from selfsight.recipe import EncoderConfig
 from selfsight.viewspec import CropSpec, ViewSpec
@@ -63,6 +63,7 @@ class SwAV(Objective):
         freeze_final_bias(self.student)
         self.projector = encoders.MLP([self.student.embed_dim, c.hidden_dim, c.out_dim], self.collective)
         self.prototypes = nn.Parameter(nn.Linear(c.out_dim, c.nmb_prototypes, bias=False).weight.detach())  # C, (K, D)
+        self.use = PrototypeUse(c.nmb_prototypes)
         self.register_buffer("queue", torch.zeros(2, c.queue_length, c.out_dim))  # newest first, equal on all ranks
         self._pending: list[Tensor] = []  # (2, n, D): what this step's micro-batches will add to it
 
@@ -105,6 +106,8 @@ class SwAV(Objective):
                 older = self._older(n, progress) @ prototypes.T  # (2, rows, K)
                 q = codes(scores[:2], older, c.epsilon, c.sinkhorn_iterations, self.collective)
                 self._remember(z_VBD[:2])
+                if self.training:
+                    self.use.add(q)
             loss = swapped_prediction_loss(scores, q, c.temperature)
         entropy = torch.special.entr(q).sum(dim=-1).mean()
         return Outcome(loss, features=features[:n].detach(), metrics={"code_entropy": entropy})
@@ -136,6 +139,9 @@ class SwAV(Objective):
     def parameter_rules(self) -> list[ParameterRule]:
         frozen = self.config.freeze_prototypes_niters
         return [ParameterRule("prototypes", lambda progress: float(progress.step >= frozen))]
+
+    def prototype_counts(self) -> Tensor:
+        return self.use.counts
 
     def collapse_values(self) -> dict[str, float]:
         # Of equal scores: uniform predictions, whatever the codes say.

@@ -24,11 +24,12 @@ from selfsight.training.account import Account
 from selfsight.training.engine import Engine, Step
 from selfsight.training.interrupts import Interrupts
 from selfsight.training.log import Log
-from selfsight.training.monitor import Monitor
+from selfsight.training.monitor import PATIENCE, Monitor
 from selfsight.training.noise import NoiseScale
 from selfsight.training.probing import Probing
 from selfsight.training.refused import FILE as LIST
 from selfsight.training.refused import Refused
+from selfsight.training.usage import PrototypeWatch
 
 
 class Trouble(Exception):
@@ -74,10 +75,11 @@ class Loop:
             self.monitor.look(record)  # what it would have seen, had the run never stopped
             self.noise_scale.look(record)
         self.meter = Meter()
+        self.prototypes = PrototypeWatch(engine.objective, engine.cluster, self.recipe.training.log_every)
 
     def run(self, interrupts: Interrupts) -> None:
         """Raises Stopped once `interrupts` asked any rank to stop, and Trouble."""
-        training, refused, due = self.recipe.training, 0, False
+        training, refused, spiking, due = self.recipe.training, 0, 0, False
         first = self.cluster.rank == 0
         bar = progress_bar("pretrain", self.total_steps, self.start) if first else nullcontext()
         with bar as shown:
@@ -92,6 +94,7 @@ class Loop:
                     measure=logged,
                 )
                 self.meter.images += self.recipe.batch_size
+                self.prototypes.steps += 1
                 refused = 0 if result.taken else refused + 1
                 if refused:
                     self.tell(done, f"{not_finite(result, done, self.engine)}; {LIST} names its images")
@@ -99,13 +102,17 @@ class Loop:
                 if logged:
                     self._record(result, done)
                     self._count(done)
+                    if training.return_on_spike:
+                        spiking = self.cluster.on_first(lambda: self.monitor.spiking)
                 if self.probing and (measured := self.probing.look(done)) and self.log:
                     self.log.measure(done, measured)
                 if refused == training.patience:
                     raise Trouble(done, f"{refused} steps in a row were not finite")
+                if spiking == PATIENCE:
+                    raise Trouble(done, "the loss stays far above what it was")
                 # None while steps are refused: the weights that make a loss of NaN are not those to return to.
                 due |= done % training.checkpoint_every == 0 or result.stop
-                if (due and not refused) or done == self.total_steps:
+                if (due and not refused and not spiking) or done == self.total_steps:
                     self._count(done)  # who goes on from here will not ask again what is over
                     self.save(done)
                     due = False
@@ -113,7 +120,7 @@ class Loop:
                     rate, memory = f"{self.meter.rate:,.0f}", f"{peak_memory(self.cluster.device):.1f} GiB"
                     shown.advance(loss=f"{result.loss:.4f}", **{"images/s": rate}, memory=memory)
                 if result.stop and done < self.total_steps:
-                    kept = "its steps are being refused, so no" if refused else "a"
+                    kept = "its loss is out of bounds, so no" if refused or spiking else "a"
                     raise Stopped(
                         f"stopped at step {done} of {self.total_steps} on {interrupts.received or 'another rank'}; "
                         f"{kept} checkpoint is written: give the same command again to continue"
@@ -121,7 +128,7 @@ class Loop:
 
     def _record(self, result: Step, done: int) -> None:
         """Logs the numbers of a step, and what they alarm to. All ranks call it."""
-        values = self._values(result, done)
+        values = self._values(result, done) | self.prototypes.look(done)
         if self.log:
             values["noise_scale"] = self.noise_scale.look(values)
             self.log.record(done, values)

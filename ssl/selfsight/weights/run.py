@@ -30,6 +30,7 @@ FREE = (
         "log.mlflow",
         "training.patience",
         "training.returns",
+        "training.return_on_spike",
         "probe.corpus",
         "probe.every",
         "probe.images",
