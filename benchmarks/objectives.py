@@ -87,6 +87,7 @@ WARMUP = 0.1  # of the run
 
 def main() -> None:
     args = parser().parse_args()
+    args.tflop = args.tflop or (0.01 if args.quick else 1.0)
     if unknown := set(args.only or ()) - set(objectives.available()):
         raise UserError(f"there is no objective {unknown.pop()!r}: --only knows {', '.join(objectives.available())}")
     train, test = (_built(source, args.work / split) for split, source in (("train", args.train), ("test", args.test)))
@@ -106,7 +107,6 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--train", type=Path, default=CORPORA / "cifar10-train.tar", help="images; the bank, too")
     parser.add_argument("--test", type=Path, default=CORPORA / "cifar10-test.tar", help="images to test on")
     parser.add_argument("--work", type=Path, default=Path("runs/objectives"), help="where runs and features are kept")
-    parser.set_defaults(seed=0)
     return parser
 
 
@@ -116,8 +116,7 @@ def measure(args: argparse.Namespace, train: Path, test: Path) -> Iterator[Row]:
     yield row("raw pixels", knn(PIXELS, "cls"), "cls")
     began = None
     for name in args.only or objectives.available():
-        tflop = args.tflop or (0.01 if args.quick else 1.0)
-        recipe, more = planned(name, tflop, train, args.work / f"{tflop:g} TFLOP" / name)
+        recipe, more = planned(name, args.tflop, train, args.work / f"{args.tflop:g} TFLOP" / name)
         try:
             run = pretrain(recipe)
         except Diverged as e:
