@@ -67,7 +67,7 @@ def test_a_run_leaves_checkpoints_exports_and_a_log(selfsight, command, read, tm
     assert "is from another corpus" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("zero", "accumulation"), [(0, 2), (1, 1)])
+@pytest.mark.parametrize(("zero", "accumulation"), [(0, 2), (1, 1), (3, 2)])
 def test_stopping_and_continuing_is_as_never_having_stopped(
     selfsight, command, read, tmp_path, capsys, monkeypatch, zero, accumulation
 ):

@@ -68,7 +68,9 @@ def objective_of(case: Case, joined: Cluster | None = None) -> Objective:
     return kind(kind.Config(**OBJECTIVES[case.objective]), encoder, joined.collective() if joined else None)
 
 
-def micro_batches(objective: Objective, step: int, accumulation: int, ranks: list[int], world: int) -> list[dict]:
+def micro_batches(
+    objective: Objective, step: int, accumulation: int, ranks: list[int], world: int
+) -> list[dict[str, Tensor]]:
     """Of a step's BATCH images, those of each micro-batch that `ranks` of `world` see: rank by rank, as the stream
     deals them out."""
     generator = torch.Generator().manual_seed(step)
