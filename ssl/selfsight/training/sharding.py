@@ -63,6 +63,8 @@ def averaged_gradients(engine: Any) -> list[list[Tensor]]:
     stage = engine.zero_optimization_stage()
     if stage == 0:
         return [[p.grad for p in g["params"] if p.grad is not None] for g in zero.param_groups]
+    if engine.zero_cpu_offload() and torch.cuda.is_available():
+        torch.cuda.synchronize()  # they may still be on their way to the CPU
     if stage < 3:
         if zero.cpu_offload:
             return [[flat.grad] for flat in zero.single_partition_of_fp32_groups]
