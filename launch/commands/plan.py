@@ -35,7 +35,7 @@ def add(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from selfsight.errors import check_range
-    from selfsight.training import resolve
+    from selfsight.training import auto, resolve
     from selfsight.training.costs import find_gpu, plan
 
     check_range("--gpus", args.gpus, 1)
@@ -44,7 +44,10 @@ def run(args: argparse.Namespace) -> int:
     gpu = find_gpu(args.gpu)
     recipe = resolve.load(args.config, args.overrides)
     resolve.check(recipe)
-    made = plan(recipe, gpu, args.gpus, images=_images(recipe), utilisation=args.utilisation)
+    images = _images(recipe)
+    recipe.training.precision = recipe.training.precision or "bf16"
+    auto.settle(recipe, images=images.n if images else None, ranks=args.gpus, memory=gpu.usable)
+    made = plan(recipe, gpu, args.gpus, images=images, utilisation=args.utilisation)
     if args.json:
         print(json.dumps(_json(made)))
     else:

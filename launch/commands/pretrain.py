@@ -73,7 +73,7 @@ def _print(recipe) -> int:
     from selfsight.training.feed import names_images, open_feed
 
     resolve.check(recipe)
-    chunks = open_feed(recipe).chunks if names_images(recipe) else None
-    resolve.settle(recipe, chunks=chunks)
+    feed = open_feed(recipe) if names_images(recipe) else None
+    resolve.settle(recipe, chunks=feed.chunks if feed else None, images=feed.n if feed else None)
     print(recipe.to_yaml(), end="")
     return 0

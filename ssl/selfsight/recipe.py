@@ -17,6 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from selfsight.errors import UserError
 
+AUTO = "auto"  # a value that follows from the corpus, the length of the run and the hardware
+NOTES = ("provenance", "autos")  # what a Recipe knows of itself beside its keys
 # Taken as they are typed: a folder may be called 007, 1e3 or 2024-01-01.
 PATHS = ("corpus", "selection", "output", "weights", "probe.corpus")
 
@@ -141,6 +143,7 @@ class Recipe:
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     log: LogConfig = field(default_factory=LogConfig)
     provenance: dict[str, str] = field(default_factory=dict, compare=False, repr=False)  # "a.b" → origin
+    autos: list[str] = field(default_factory=list, compare=False, repr=False)  # keys that say "auto", not yet settled
 
     @property
     def objective_name(self) -> str:
@@ -152,17 +155,22 @@ class Recipe:
         node = self
         for part in path:
             node = getattr(node, part)
-        setattr(node, leaf, value)
+        if isinstance(node, dict):  # the objective's section
+            node[leaf] = value
+        else:
+            setattr(node, leaf, value)
         self.provenance[key] = f"auto: {reason}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict, without provenance; `load` reads it back."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "provenance"}
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in NOTES}
         plain["mixture"] = [asdict(part) for part in self.mixture]
-        return {
-            k: (asdict(v) if is_dataclass(v) and not isinstance(v, type) else v)  # objective.config is a dict already
-            for k, v in plain.items()
-        }
+        if isinstance(self.objective, dict):
+            plain["objective"] = dict(self.objective)
+        nested = {k: (asdict(v) if is_dataclass(v) and not isinstance(v, type) else v) for k, v in plain.items()}
+        for key in self.autos:
+            _put(nested, key, AUTO)
+        return nested
 
     def to_yaml(self) -> str:
         """YAML in which every line says in a comment where its value came from."""
@@ -210,7 +218,7 @@ def load(source: str, overrides: list[str] | tuple[str, ...] = (), *, objective:
         raise UserError(f"{path} is not YAML: {' '.join(str(e).split())}") from e
     if not isinstance(given, dict):
         raise UserError(f"{path} is not a recipe: it should be a mapping of keys to values")
-    provenance = {key: str(path) for key in _leaves(given)}
+    provenance = {key: str(path) for key, _ in _leaves(given)}
     for override in overrides:
         key, sign, text = override.partition("=")
         if not sign or not key:
@@ -232,8 +240,12 @@ def from_dict(given: dict[str, Any], provenance: dict[str, str], *, objective: C
     config = OmegaConf.structured(objective(section["name"]))
     known: dict[str, Any] = OmegaConf.to_container(schema)  # type: ignore[assignment]
     known["objective"] = {"name": "", **OmegaConf.to_container(config)}  # type: ignore[dict-item]
-    known.pop("provenance")
+    for note in NOTES:
+        known.pop(note)
     _refuse_unknown(given, known)
+    autos = [key for key, value in _leaves(given) if value == AUTO]
+    given = _without_autos(given)
+    section = given["objective"]
     rest = {k: v for k, v in given.items() if k != "objective"}
     try:
         merged = OmegaConf.merge(schema, rest)
@@ -243,16 +255,20 @@ def from_dict(given: dict[str, Any], provenance: dict[str, str], *, objective: C
     except OmegaConfBaseException as e:
         key = getattr(e, "full_key", None) or "a value"
         raise UserError(f"{key}: {str(e).splitlines()[0]}") from e
-    recipe.provenance = provenance
+    recipe.provenance, recipe.autos = provenance, autos
     return recipe
 
 
-def _leaves(node: dict, prefix: str = "") -> Iterator[str]:
+def _without_autos(node: dict[str, Any]) -> dict[str, Any]:
+    return {k: _without_autos(v) if isinstance(v, dict) else v for k, v in node.items() if v != AUTO}
+
+
+def _leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in node.items():
         if isinstance(value, dict) and value:
             yield from _leaves(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}"
+            yield f"{prefix}{key}", value
 
 
 def _scalar(text: str) -> Any:

@@ -49,6 +49,15 @@ class ParameterRule:
     lr_scale: Callable[[Progress], float]  # 0 means frozen at that step: neither gradient nor weight decay moves it
 
 
+@dataclass(frozen=True)
+class Scale:
+    """How large a run is: what values that say "auto" follow from."""
+
+    images: int  # of an epoch
+    steps_per_epoch: int
+    total_steps: int
+
+
 @dataclass
 class PairConfig:
     """Two random crops of each image, augmented as in BYOL (Grill et al. 2020, appendix B; MoCo v3 does the same)."""
@@ -144,6 +153,11 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def __init__(self, config, encoder: EncoderConfig, collective: Collective | None = None) -> None:
         super().__init__()
+
+    @classmethod
+    def auto(cls, scale: Scale) -> dict[str, tuple[float, str]]:
+        """Values, with their reasons, for keys of its Config that may say "auto"."""
+        return {}
 
     @abstractmethod
     def views(self) -> ViewSpec:

@@ -19,7 +19,7 @@ from selfsight import encoders
 from selfsight.collective import Collective
 from selfsight.errors import UserError, check_range
 from selfsight.losses import PrototypeUse
-from selfsight.objectives.base import Objective, Outcome, ParameterRule, Progress, cosine_momentum, multi_crop
+from selfsight.objectives.base import Objective, Outcome, ParameterRule, Progress, Scale, cosine_momentum, multi_crop
 from selfsight.recipe import EncoderConfig
 from selfsight.viewspec import CropSpec, ViewSpec
 
@@ -97,6 +97,24 @@ class DINO(Objective):
             norm_last_layer=c.norm_last_layer,
             weight_norm=self.weight_norm,
         )
+
+    @classmethod
+    def auto(cls, scale: Scale) -> dict[str, tuple[float, str]]:
+        """Between the published values for small and for large runs, along the logarithm of their size."""
+        steps, epochs = f"{scale.total_steps:,} steps", scale.total_steps / scale.steps_per_epoch
+        prototypes = 2 ** round(math.log2(min(max(scale.images / 16, 1024), 65536)))
+        warm = _between(scale.total_steps, (2500, 0.03), (10_000, 0.04))
+        final = _between(scale.total_steps, (10_000, warm), (300_000, 0.07))
+        frozen = max(min(round(1250 / scale.steps_per_epoch), int(epochs / 10)), 0)
+        memory = min(max(scale.total_steps / 40, 50), 250)
+        return {
+            "out_dim": (prototypes, f"a power of two near a sixteenth of {scale.images:,} images, 1,024 to 65,536"),
+            "warmup_teacher_temp": (warm, f"{steps}: 0.03 up to 2,500, which begin sharp, 0.04 from 10,000"),
+            "teacher_temp": (final, f"{steps}: as at the beginning up to 10,000, 0.07 from 300,000"),
+            "warmup_teacher_temp_epochs": (int(epochs / 10) if final > warm else 0, f"a tenth of {epochs:g} epochs"),
+            "momentum_teacher": (round(1 - 1 / memory, 4), f"remembers a fortieth of {steps}, 50 to 250"),
+            "freeze_last_layer": (frozen, f"1,250 steps, a tenth of {epochs:g} epochs at most"),
+        }
 
     def views(self) -> ViewSpec:
         c = self.config
@@ -223,6 +241,12 @@ def _checked(c: DINOConfig) -> DINOConfig:
     for name in ("center_momentum", "momentum_teacher"):
         check_range(f"objective.{name}", getattr(c, name), 0, 1)
     return c
+
+
+def _between(x: float, low: tuple[float, float], high: tuple[float, float]) -> float:
+    """Linear in log x between two points (x, y), constant beyond them; to three decimals."""
+    share = math.log(x / low[0]) / math.log(high[0] / low[0])
+    return round(low[1] + (high[1] - low[1]) * min(max(share, 0.0), 1.0), 3)
 
 
 def _range(values: list[float]) -> tuple[float, float]:

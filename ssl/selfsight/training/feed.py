@@ -61,7 +61,7 @@ class CorpusFeed:
         if recipe.mixture and recipe.selection:
             raise UserError("selection goes with corpus: in a mixture, give each part its own")
         named = recipe.mixture or [PartConfig(str(recipe.corpus), recipe.selection)]
-        self.recipe, self.parts = recipe, [_part(given, recipe.batch_size) for given in named]
+        self.recipe, self.parts = recipe, [_part(given, _least(recipe)) for given in named]
         self.n, self.id = sum(part.n for part in self.parts), identity(self.parts)
         self.chunks = min(part.chunks for part in self.parts)
 
@@ -104,7 +104,7 @@ class UnindexedFeed:
                 "shards without an index are decoded on the CPU: set stream.decode=cpu, or adopt them with selfsight "
                 "corpus adopt"
             )
-        check_range("unindexed.images", recipe.unindexed.images, recipe.batch_size)
+        check_range("unindexed.images", recipe.unindexed.images, _least(recipe))
         self.recipe, self.n = recipe, recipe.unindexed.images
         self.id = hashlib.sha256(json.dumps(recipe.unindexed.shards).encode()).hexdigest()
 
@@ -122,6 +122,11 @@ class UnindexedFeed:
             accumulation=recipe.training.accumulation,
             seed=recipe.seed,
         )
+
+
+def _least(recipe: Recipe) -> int:
+    """How many images there have to be."""
+    return 1 if "batch_size" in recipe.autos else recipe.batch_size
 
 
 def _part(given: PartConfig, batch_size: int) -> Part:

@@ -13,7 +13,8 @@ from selfsight.errors import UserError, check_range
 from selfsight.recipe import Recipe
 from selfsight.stream.loader import auto_workers
 from selfsight.stream.order import auto_lanes
-from selfsight.training import optim, schedules, trackers
+from selfsight.training import auto, optim, schedules, trackers
+from selfsight.training.costs.hardware import RESERVED
 from selfsight.weights.run import FREE
 
 # Keys that a continued run takes from its first part when they are null now.
@@ -62,7 +63,8 @@ def check(recipe: Recipe) -> None:
     if not 0 < recipe.epochs < inf:
         raise UserError(f"epochs is {recipe.epochs:g}: give a positive number")
     optim.check(recipe.optimizer)
-    schedules.check(recipe.optimizer, recipe.epochs)
+    if "optimizer.warmup_epochs" not in recipe.autos:
+        schedules.check(recipe.optimizer, recipe.epochs)
     trackers.check(recipe.log)
     for key, low in LEAST.items():
         if (value := _get(recipe, key)) is not None:
@@ -77,9 +79,11 @@ def check(recipe: Recipe) -> None:
     check_range("seed", recipe.seed, 0, 2**63 - 1)
 
 
-def settle(recipe: Recipe, *, chunks: int | None = None, sharing: int = 1) -> None:
-    """Gives every null key its value; `chunks` is the number of chunks of the smallest part, where it is known, and
-    `sharing` that of the ranks that share the cores of this one."""
+def settle(
+    recipe: Recipe, *, chunks: int | None = None, images: int | None = None, sharing: int = 1, ranks: int = 1
+) -> None:
+    """Gives every key that is null or says "auto" its value. `chunks` is the number of chunks of the smallest part and
+    `images` that of an epoch, where they are known; `sharing` that of the ranks that share the cores of this one."""
     if recipe.training.precision is None:
         if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
             recipe.set("training.precision", "bf16", f"{torch.cuda.get_device_name()} computes in bf16")
@@ -90,6 +94,10 @@ def settle(recipe: Recipe, *, chunks: int | None = None, sharing: int = 1) -> No
                 else "no GPU; set bf16 for AVX512-BF16 and large ViTs"
             )
             recipe.set("training.precision", "fp32", why)
+    if recipe.autos:
+        usable = torch.cuda.mem_get_info()[1] * (1 - RESERVED) if torch.cuda.is_available() else None
+        auto.settle(recipe, images=images, ranks=ranks, memory=usable)
+        check(recipe)
     if recipe.training.zero == 3 and recipe.encoder.compile is None:
         recipe.set("encoder.compile", False, "ZeRO-3 gathers weights one layer at a time")
     if recipe.stream.workers is None:
@@ -114,6 +122,9 @@ def adopt(recipe: Recipe, path: Path) -> None:
     for key in SETTLED:
         if _get(recipe, key) is None and _get(first, key) is not None:
             recipe.set(key, _get(first, key), "as when this run began")
+    for key in recipe.autos:
+        recipe.set(key, _get(first, key), "as when this run began")
+    recipe.autos = []
 
 
 def compare(recipe: Recipe, path: Path) -> None:
@@ -135,7 +146,7 @@ def compare(recipe: Recipe, path: Path) -> None:
 def _get(recipe: Recipe, key: str) -> Any:
     node: Any = recipe
     for part in key.split("."):
-        node = getattr(node, part)
+        node = node[part] if isinstance(node, dict) else getattr(node, part)
     return node
 
 

@@ -109,7 +109,13 @@ class _Run:
             resolve.adopt(self.recipe, begun)
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise UserError(f"{self.path} exists and is no run: give another output, or an empty folder")
-        resolve.settle(self.recipe, chunks=chunks, sharing=self.cluster.sharing)
+        resolve.settle(
+            self.recipe,
+            chunks=chunks,
+            images=self.feed.n,
+            sharing=self.cluster.sharing,
+            ranks=self.cluster.world_size,
+        )
         if begun.is_file():
             resolve.compare(self.recipe, begun)
 
