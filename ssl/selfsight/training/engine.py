@@ -59,12 +59,13 @@ class Engine:
         self.trained = [p for group in groups for p in group["params"]]
         self.clip_units = optim.clip_units(groups, config.clip_per)
         objective.to(cluster.device)
-        fused = cluster.device.type == "cuda" or recipe.training.offload
-        self.optimizer: Any = optim.build(config, groups, fused=fused)
+        self.optimizer: Any = optim.build(config, groups, fused=True)
         with sharding.frugal_linear(recipe.training.zero):
             settings = sharding.deepspeed_config(recipe, cluster.world_size)
             self.engine: Any = deepspeed.initialize(model=objective, optimizer=self.optimizer, config=settings)[0]
         sharding.clear_padding(self.engine)
+        if cluster.world_size == 1 and recipe.training.zero == 0:  # nobody to average with: spares two copies
+            self.engine.enable_backward_allreduce = False
         self.teacher = Teacher(objective.teacher_pairs())
 
     def step(
