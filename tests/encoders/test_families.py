@@ -94,7 +94,7 @@ def test_rope_is_augmented_for_the_student_alone_and_for_each_block_anew():
     assert torch.equal(student.eval()(images).cls, teacher(images).cls)
     tables = []
     student.train()
-    student._steps[False] = lambda block, x, layout, drops: tables.append(layout.groups[0].rope) or x
+    student._steps[False] = lambda block, x, layout, drops, asked: tables.append(layout.groups[0].rope) or x
     student(images)
     assert len(tables) == 3
     assert not torch.equal(tables[0], tables[1])

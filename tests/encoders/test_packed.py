@@ -1,5 +1,7 @@
 """Several sizes in one forward without padding: the numbers and gradients of separate forwards, for less arithmetic."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -68,11 +70,16 @@ def test_masks_and_norms_have_one_entry_for_each_batch():
 
 def by_sequence(q, k, v, starts_q, starts_k, longest_q, longest_k):
     """torch's `varlen_attn` in its own words, for machines that lack the kernel."""
-    assert q.shape == k.shape == v.shape
-    assert longest_q == longest_k == (starts_q[1:] - starts_q[:-1]).max()
-    assert starts_q.dtype == torch.int32
-    ends = zip(starts_q[:-1].tolist(), starts_q[1:].tolist(), strict=True)
-    out = [F.scaled_dot_product_attention(*(x[a:b].transpose(0, 1) for x in (q, k, v))) for a, b in ends]
+    assert k.shape == v.shape
+    images = []
+    for starts, longest in ((starts_q, longest_q), (starts_k, longest_k)):
+        assert longest == (starts[1:] - starts[:-1]).max()
+        assert starts.dtype == torch.int32
+        images.append([slice(a, b) for a, b in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)])
+    out = [
+        F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q[seeing], k[seen], v[seen])))
+        for seeing, seen in zip(*images, strict=True)
+    ]
     return torch.cat(out, dim=1).transpose(0, 1)
 
 
@@ -81,11 +88,14 @@ def test_variable_length_kernel_sees_where_images_end(monkeypatch):
 
     monkeypatch.setattr(varlen, "varlen_attn", by_sequence)
     groups = [Group(2, 5), Group(3, 2), Group(1, 7)]
+    where, ends = Layout(tuple(groups)), torch.tensor([0, 5, 10, 12, 14, 16, 23], dtype=torch.int32)
     q, k, v = ([torch.randn(g.count, 4, g.length, 8) for g in groups] for _ in range(3))
-    expected = attention.attend(q, k, v, Layout(tuple(groups)), 0.0)
+    expected = attention.attend(q, k, v, where, where, 0.0)
     assert expected.shape == (2 * 5 + 3 * 2 + 7, 4 * 8)
-    ends = torch.tensor([0, 5, 10, 12, 14, 16, 23], dtype=torch.int32)
-    torch.testing.assert_close(attention.varlen(q, k, v, ends), expected)
+    torch.testing.assert_close(attention.varlen(q, k, v, ends, ends), expected)
+    first = [x[:, :, :2] for x in q]
+    expected = attention.attend(first, k, v, Layout(tuple(Group(g.count, 2) for g in groups)), where, 0.0)
+    torch.testing.assert_close(attention.varlen(first, k, v, 2 * torch.arange(7, dtype=torch.int32), ends), expected)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -119,3 +129,38 @@ def test_packing_and_masking_save_what_they_skip(name):
     patches = flops(lambda: encoder.vit.patch_embed(big))  # is done before patches are left out
     share = (flops(lambda: encoder(big, keep=keep)) - patches) / (flops(lambda: encoder(big)) - patches)
     assert share < 64 / 256 + 0.02  # products in proportion, attention less; the prefix is always there
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.4], ids=["every block", "scaled", "subset"])
+def test_prefix_only_is_the_prefix_of_all(config, rate):
+    """Tokens and gradients, with the stochastic depth of the same draw."""
+    torch.manual_seed(0)
+    encoder = encoders.build(replace(config, drop_path_rate=rate)).double()
+    images = batches()[:2]
+    found = []
+    for only in ([True, False], None):
+        torch.manual_seed(1)
+        whole, second = encoder.forward_list(images, prefix_only=only)
+        prefix = torch.cat([whole.cls.unsqueeze(1), whole.registers], dim=1)
+        assert whole.patches.shape[1] == (0 if only else 16)
+        assert (whole.grid is None) == bool(only)
+        (prefix.square().sum() + second.sequence.square().sum()).backward()
+        found.append([prefix.detach(), second.sequence.detach(), *gradients(encoder).values()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+
+
+def test_the_last_block_is_spared_what_nobody_asks_for():
+    encoder, images = encoders.build(CONFIGS["plain"]), batches(torch.float32)[0]
+    whole, prefix = flops(lambda: encoder(images)), flops(lambda: encoder(images, prefix_only=True))
+    assert 1 - prefix / whole > 0.7 * (10 / 12) / encoder.depth  # 10 of a block's 12 D² per token, for nearly all
+
+
+def test_bfloat16_on_a_cpu_attends_as_float32_does():
+    q, k, v = torch.randn(3, 2, 3, 37, 16).unbind()
+    where = Layout((Group(2, 37),))
+    exact = attention.attend([q], [k], [v], where, where, 0.0)
+    half = attention.attend(*([x.bfloat16()] for x in (q, k, v)), where, where, 0.0)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), exact, atol=0.03, rtol=0.03)  # bfloat16 has 8 bits

@@ -17,6 +17,7 @@ from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
 HALF = (torch.float16, torch.bfloat16)
+MATERIALISED = 1024  # tokens of an image, up to which a CPU writes down the attention matrix in bfloat16
 
 
 class Group(NamedTuple):
@@ -38,6 +39,13 @@ class Layout(NamedTuple):
     ends: Tensor | None = None  # (1 + Σ count,) int32: 0 and where each image ends, if one kernel is to serve all sizes
 
 
+class Asked(NamedTuple):
+    """The rows of a pack that are still of interest after a block."""
+
+    rows: Tensor  # (S',) int64
+    layout: Layout  # of them
+
+
 def layout(groups: Sequence[Group], like: Tensor) -> Layout:
     """Of a pack on the device of `like`."""
     if len(groups) == 1 or not like.is_cuda:
@@ -57,14 +65,29 @@ def unpack(x_SD: Tensor, groups: Sequence[Group]) -> list[Tensor]:
     return [part.unflatten(0, (g.count, g.length)) for part, g in zip(parts, groups, strict=True)]
 
 
-def attention(attn: Any, x_SD: Tensor, layout: Layout) -> Tensor:
-    """timm's attention module `attn` on a pack, (S, D) → (S, D): no token sees another image's."""
+def asked(groups: Sequence[Group], tokens: Sequence[int | None], like: Tensor) -> Asked:
+    """The first `tokens` of every image of a group (None: all); they are to be prefix tokens, which do not rotate."""
+    rows, fewer, start = [], [], 0
+    for g, n in zip(groups, tokens, strict=True):
+        n = g.length if n is None else n
+        first = start + g.length * torch.arange(g.count, device=like.device)
+        rows.append((first.unsqueeze(1) + torch.arange(n, device=like.device)).flatten())
+        fewer.append(g if n == g.length else Group(g.count, n))
+        start += g.size
+    return Asked(torch.cat(rows), layout(fewer, like))
+
+
+def attention(attn: Any, x_SD: Tensor, layout: Layout, asked: Asked | None = None) -> Tensor:
+    """timm's attention module `attn` on a pack, (S, D) → (S, D): no token sees another image's. With `asked`, of these
+    rows only, (S', D): all tokens are seen, these see."""
     if not has_heads(attn):  # one of timm's rarer ones: it runs itself, group by group
-        return each(attn, x_SD, layout)
-    q, k, v = heads(attn, x_SD, layout.groups)
-    out_SD = attn.norm(attend(q, k, v, layout, attn.attn_drop.p if attn.training else 0.0))
+        out_SD = each(attn, x_SD, layout)
+        return out_SD if asked is None else out_SD[asked.rows]
+    q, k, v = heads(attn, x_SD, layout.groups, asked)
+    seeing = layout if asked is None else asked.layout
+    out_SD = attn.norm(attend(q, k, v, seeing, layout, attn.attn_drop.p if attn.training else 0.0))
     if attn.gate is not None:
-        out_SD = out_SD * attn.gate(x_SD).sigmoid()
+        out_SD = out_SD * attn.gate(x_SD if asked is None else x_SD[asked.rows]).sigmoid()
     return attn.proj_drop(attn.proj(out_SD))
 
 
@@ -78,21 +101,28 @@ def has_heads(attn: nn.Module) -> bool:
     return type(attn) in (Attention, AttentionRope, EvaAttention) and attn.qkv is not None
 
 
-def heads(attn: Any, x_SD: Tensor, groups: Sequence[Group]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Queries, keys and values, each (B, heads, T, head_dim) for every group, queries and keys rotated."""
+def heads(
+    attn: Any, x_SD: Tensor, groups: Sequence[Group], asked: Asked | None = None
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Queries (of the rows `asked`, or all), keys and values, each (B, heads, T, head_dim) for every group, queries and
+    keys rotated."""
     if getattr(attn, "q_bias", None) is None:
         qkv_SD = attn.qkv(x_SD)
     else:  # EVA's keys have a bias that is always zero
         qkv_SD = F.linear(x_SD, attn.qkv.weight, torch.cat([attn.q_bias, attn.k_bias, attn.v_bias]))
-    qkv = rearrange(qkv_SD, "s (three h d) -> three s h d", three=3, h=attn.num_heads)
-    q, k, v = (
-        [part.transpose(1, 2) for part in unpack(x, groups)] for x in (attn.q_norm(qkv[0]), attn.k_norm(qkv[1]), qkv[2])
+    q, k, v = rearrange(qkv_SD, "s (three h d) -> three s h d", three=3, h=attn.num_heads)
+    seeing = groups if asked is None else asked.layout.groups
+    return (
+        _by_head(attn.q_norm(q if asked is None else q[asked.rows]), seeing, attn),
+        _by_head(attn.k_norm(k), groups, attn),
+        [part.transpose(1, 2) for part in unpack(v, groups)],
     )
-    rotated = [
-        [x if g.rope is None else rotate(x, g.rope, attn.rotate_half) for x, g in zip(parts, groups, strict=True)]
-        for parts in (q, k)
-    ]
-    return rotated[0], rotated[1], v
+
+
+def _by_head(x_Shd: Tensor, groups: Sequence[Group], attn: Any) -> list[Tensor]:
+    """(B, heads, T, head_dim) of every group, rotated."""
+    parts = ((part.transpose(1, 2), g.rope) for part, g in zip(unpack(x_Shd, groups), groups, strict=True))
+    return [x if rope is None else rotate(x, rope, attn.rotate_half) for x, rope in parts]
 
 
 def rotate(x_BhTd: Tensor, table: Tensor, half: bool) -> Tensor:
@@ -106,20 +136,35 @@ def rotate(x_BhTd: Tensor, table: Tensor, half: bool) -> Tensor:
     return torch.cat([x_BhTd[:, :, :prefix], turned], dim=2).type_as(x_BhTd)
 
 
-def attend(q: list[Tensor], k: list[Tensor], v: list[Tensor], layout: Layout, dropout: float) -> Tensor:
+def attend(q: list[Tensor], k: list[Tensor], v: list[Tensor], seeing: Layout, seen: Layout, dropout: float) -> Tensor:
     """softmax(q kᵀ / √d) v of each image, (S, heads · d): one kernel for all sizes where there is one."""
-    if layout.ends is not None and v[0].dtype in HALF and not dropout:
-        return varlen(q, k, v, layout.ends)
-    out = [F.scaled_dot_product_attention(*qkv, dropout_p=dropout) for qkv in zip(q, k, v, strict=True)]
+    if seeing.ends is not None and seen.ends is not None and v[0].dtype in HALF and not dropout:
+        return varlen(q, k, v, seeing.ends, seen.ends)
+    out = [_attend(*qkv, dropout) for qkv in zip(q, k, v, strict=True)]
     return pack([rearrange(x, "b h t d -> b t (h d)") for x in out])
 
 
-def varlen(q: list[Tensor], k: list[Tensor], v: list[Tensor], ends: Tensor) -> Tensor:
+def as_products(x: Tensor) -> bool:
+    """Whether attention on `x` is written as products of matrices. On CPUs torch's fused kernel makes slow work of
+    bfloat16, its backward pass above all: plain products take half its time at 197 tokens, a fifth at 37."""
+    if x.device.type != "cpu":
+        return False
+    return (torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype) == torch.bfloat16
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """(B, heads, T, d) of images of one size."""
+    if as_products(q) and not dropout and k.shape[2] <= MATERIALISED:
+        return ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(dim=-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+
+
+def varlen(q: list[Tensor], k: list[Tensor], v: list[Tensor], ends_q: Tensor, ends_k: Tensor) -> Tensor:
     """`attend` by torch's variable-length kernel, which is there on CUDA and for 16-bit floats."""
     from torch.nn.attention import varlen as kernel
 
-    longest = max(x.shape[2] for x in q)
+    longest_q, longest_k = (max(x.shape[2] for x in parts) for parts in (q, k))
     q_Shd, k_Shd, v_Shd = (pack([x.transpose(1, 2) for x in parts]) for parts in (q, k, v))
-    out = kernel.varlen_attn(q_Shd, k_Shd, v_Shd, ends, ends, longest, longest)
+    out = kernel.varlen_attn(q_Shd, k_Shd, v_Shd, ends_q, ends_k, longest_q, longest_k)
     assert isinstance(out, Tensor)
     return out.flatten(1)

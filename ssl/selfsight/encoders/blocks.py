@@ -13,7 +13,7 @@ from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from selfsight.encoders.attention import Group, Layout, attention, each, layout, pack
+from selfsight.encoders.attention import Asked, Group, Layout, as_products, attention, each, has_heads, layout, pack
 
 SUBSET_ABOVE = 0.1 + 1e-6  # DINOv2's threshold; timm's rates are float32, in which 0.1 is a little more than 0.1
 
@@ -29,12 +29,25 @@ class Drop(NamedTuple):
 Drops = tuple[Drop | None, Drop | None]  # of the attention and of the MLP
 
 
-def step(block: nn.Module, x_SD: Tensor, layout: Layout, drops: Drops) -> Tensor:
-    """A block on a pack, (S, D) → (S, D)."""
-    if not is_residual(block) or (len(layout.groups) == 1 and drops == (None, None)):
-        return each(block, x_SD, layout)  # timm's block as it is; the rarer ones with their own stochastic depth
-    x_SD = _add(x_SD, block, _attention, layout, drops[0])
-    return _add(x_SD, block, _mlp, layout, drops[1])
+def step(block: nn.Module, x_SD: Tensor, layout: Layout, drops: Drops, asked: Asked | None = None) -> Tensor:
+    """A block on a pack, (S, D) → (S, D). With `asked`, what becomes of these rows only, (S', D): of the others keys
+    and values are computed and nothing else, which in the last block spares most of the work."""
+    alone = asked is None and len(layout.groups) == 1 and drops == (None, None) and not as_products(x_SD)
+    if alone or not is_residual(block):
+        x_SD = each(block, x_SD, layout)  # timm's block as it is; the rarer ones with their own stochastic depth
+    elif asked is not None and _narrows(block, drops):
+        rows = [None if drop is None else Drop(drop.scale[asked.rows]) for drop in drops]
+        x_SD = _through(x_SD[asked.rows], _attention(block, x_SD, layout, asked), rows[0])
+        return _add(x_SD, block, _mlp, asked.layout, rows[1])
+    else:
+        x_SD = _add(x_SD, block, _attention, layout, drops[0])
+        x_SD = _add(x_SD, block, _mlp, layout, drops[1])
+    return x_SD if asked is None else x_SD[asked.rows]
+
+
+def _narrows(block: Any, drops: Drops) -> bool:
+    """Whether a block can be run for some rows; one of which stochastic depth has chosen images is run for all."""
+    return has_heads(block.attn) and all(drop is None or drop.rows is None for drop in drops)
 
 
 def is_residual(block: nn.Module) -> bool:
@@ -71,16 +84,18 @@ def _draw(path: nn.Module, groups: Sequence[Group], like: Tensor) -> Drop | None
 
 def _add(x_SD: Tensor, block: nn.Module, branch: Callable, layout: Layout, drop: Drop | None) -> Tensor:
     """x + branch(x), as far as `drop` lets it through."""
-    if drop is None:
-        return x_SD + branch(block, x_SD, layout)
-    if drop.rows is None:
-        return x_SD + branch(block, x_SD, layout) * drop.scale
+    if drop is None or drop.rows is None:
+        return _through(x_SD, branch(block, x_SD, layout), drop)
     residual = branch(block, x_SD[drop.rows], drop.layout) * drop.scale
     return x_SD.index_add(0, drop.rows, residual.to(x_SD.dtype))
 
 
-def _attention(block: Any, x_SD: Tensor, layout: Layout) -> Tensor:
-    y_SD = attention(block.attn, block.norm1(x_SD), layout)
+def _through(x_SD: Tensor, residual: Tensor, drop: Drop | None) -> Tensor:
+    return x_SD + (residual if drop is None else residual * drop.scale)
+
+
+def _attention(block: Any, x_SD: Tensor, layout: Layout, asked: Asked | None = None) -> Tensor:
+    y_SD = attention(block.attn, block.norm1(x_SD), layout, asked)
     return block.ls1(y_SD) if isinstance(block, Block) else _scaled(block.gamma_1, y_SD)
 
 

@@ -12,7 +12,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from selfsight.encoders.attention import Group, Layout, has_heads, heads, layout, pack, unpack
+from selfsight.encoders.attention import Asked, Group, Layout, asked, has_heads, heads, layout, pack, unpack
 from selfsight.encoders.blocks import draw, is_residual
 from selfsight.encoders.execution import Checkpointing, Step, make_step
 from selfsight.encoders.positions import resampling_matrix
@@ -88,16 +88,23 @@ class Encoder(nn.Module):
         mask: Tensor | None = None,
         mask_token: Tensor | None = None,
         prefix_norm: nn.Module | None = None,
+        prefix_only: bool = False,
     ) -> Tokens:
         """images (B, 3, H, W) float, normalised; keep (B, n_keep) int64 indices of the patches that the blocks see.
 
         Where mask (B, N) is true, mask_token (1, D) stands for the patch's content (BEiT, iBOT, DINOv2): the blocks
         see where the patch is, not what it shows. `prefix_norm` is the last norm of the class token and the registers,
-        if it is another than that of the patches (DINOv3's untied norms). Raises UserError if H or W is not a multiple
-        of the patch size.
+        if it is another than that of the patches (DINOv3's untied norms). With `prefix_only` the patches are not wanted
+        (they come back as none): the last block then computes their keys and values, and nothing else of them. Raises
+        UserError if H or W is not a multiple of the patch size.
         """
         return self.forward_list(
-            [images], keeps=[keep], masks=[mask], mask_token=mask_token, prefix_norms=[prefix_norm]
+            [images],
+            keeps=[keep],
+            masks=[mask],
+            mask_token=mask_token,
+            prefix_norms=[prefix_norm],
+            prefix_only=[prefix_only],
         )[0]
 
     def forward_list(
@@ -108,23 +115,32 @@ class Encoder(nn.Module):
         masks: Sequence[Tensor | None] | None = None,
         mask_token: Tensor | None = None,
         prefix_norms: Sequence[nn.Module | None] | None = None,
+        prefix_only: Sequence[bool] | None = None,
     ) -> list[Tokens]:
         """`forward` on batches of several sizes, packed into one pass without padding: Tokens for each of them.
 
-        `keeps`, `masks` and `prefix_norms` have one entry for each batch, or are None for all.
+        `keeps`, `masks`, `prefix_norms` and `prefix_only` have one entry for each batch, or are None: nothing for all.
         """
         none = [None] * len(images)
-        keeps, masks = keeps or none, masks or none
+        keeps, masks, prefix_only = keeps or none, masks or none, prefix_only or [False] * len(images)
         batches, grids = [], []
         for batch, keep, mask in zip(images, keeps, masks, strict=True):
             x_BTD, grid = self.prepare_tokens(batch, keep, mask=mask, mask_token=mask_token)
             batches.append(x_BTD)
             grids.append(grid)
-        (last,) = deque(self._layers(batches, grids, keeps), maxlen=1)
+        wanted = [self.num_prefix if only else None for only in prefix_only]
+        (last,) = deque(self._layers(batches, grids, keeps, wanted=wanted), maxlen=1)
+        whole = [keep is None and n is None for keep, n in zip(keeps, wanted, strict=True)]
         return [
-            self._split(self._norm(x_BTD, prefix_norm), grid if keep is None else None)
-            for x_BTD, grid, keep, prefix_norm in zip(last, grids, keeps, prefix_norms or none, strict=True)
+            self._split(self._norm(x_BTD, prefix_norm), grid if has_grid else None)
+            for x_BTD, grid, has_grid, prefix_norm in zip(last, grids, whole, prefix_norms or none, strict=True)
         ]
+
+    def features(self, images: Sequence[Tensor], *, keeps: Sequence[Tensor | None] | None = None) -> list[Tensor]:
+        """A vector for each image of batches of several sizes, (B, D): its class token, or the mean of its patches
+        where there is none. As `forward_list`, without what is not asked for."""
+        tokens = self.forward_list(images, keeps=keeps, prefix_only=[self.has_class_token] * len(images))
+        return [t.avg if t.cls is None else t.cls for t in tokens]
 
     def intermediate(self, images: Tensor, n: int = 1, norm: bool = True) -> list[Tokens]:
         """The tokens after each of the last `n` blocks, oldest first, through the final norm if `norm`."""
@@ -157,17 +173,22 @@ class Encoder(nn.Module):
         grids: list[tuple[int, int]],
         keeps: Sequence[Tensor | None] | None = None,
         blocks: int | None = None,
+        wanted: Sequence[int | None] | None = None,
     ) -> Iterator[list[Tensor]]:
-        """The batches after each of the first `blocks` blocks (None: all)."""
+        """The batches after each of the first `blocks` blocks (None: all). `wanted`: how many first tokens of each are
+        of interest after the last of all (None: every one)."""
         keeps = keeps or [None] * len(batches)
         where = self._layout(batches, grids, keeps)
         x_SD = pack(batches)
-        step = self._step(x_SD)
+        step = self.block_step(x_SD)
         for block in self.vit.blocks[:blocks]:
             if self._rotations.drawn(self.rope):  # anew for every block, as DINOv3 does
                 where = self._layout(batches, grids, keeps)
-            x_SD = step(block, x_SD, where, draw(block, where.groups, x_SD))
-            yield unpack(x_SD, where.groups)
+            of_interest: Asked | None = None
+            if block is self.vit.blocks[-1] and wanted is not None and any(n is not None for n in wanted):
+                of_interest = asked(where.groups, wanted, x_SD)
+            x_SD = step(block, x_SD, where, draw(block, where.groups, x_SD), of_interest)
+            yield unpack(x_SD, (where if of_interest is None else of_interest.layout).groups)
 
     def _layout(self, batches: list[Tensor], grids: list[tuple[int, int]], keeps: Sequence[Tensor | None]) -> Layout:
         rope = self.rope
@@ -177,7 +198,8 @@ class Encoder(nn.Module):
         ]
         return layout(groups, batches[0])
 
-    def _step(self, x: Tensor) -> Step:
+    def block_step(self, x: Tensor) -> Step:
+        """How a block is run on `x`: also for the blocks that a method puts behind its encoder."""
         # In evaluation mode come single images and odd sizes, for which compiling does not pay.
         compiled = self.training and (x.is_cuda if self.compile_blocks is None else self.compile_blocks)
         if compiled not in self._steps:
@@ -200,21 +222,30 @@ class Encoder(nn.Module):
                 f"an image of {height}×{width} pixels cannot be cut into patches of {self.patch_size}: "
                 f"resize or crop it to multiples of {self.patch_size}"
             )
-        x_BhwD = vit.patch_embed(images)
-        grid = (x_BhwD.shape[1], x_BhwD.shape[2])
-        x_BND = rearrange(x_BhwD, "b h w d -> b (h w) d")
+        grid = (height // self.patch_size, width // self.patch_size)
+        x_BND = self._embed(images, keep)
         if mask is not None and mask_token is not None:
+            mask = mask if keep is None else mask.gather(1, keep)
             x_BND = torch.where(mask.unsqueeze(-1), mask_token.to(x_BND.dtype), x_BND)
         prefix_BPD = self._prefix()
         positions = self.position_table(grid)
         if positions is not None:
-            x_BND = x_BND + positions[:, -x_BND.shape[1] :]
+            positions_1ND = positions[:, -grid[0] * grid[1] :]
+            x_BND = x_BND + (positions_1ND if keep is None else take(positions_1ND.expand(len(keep), -1, -1), keep))
             if not vit.no_embed_class:
                 prefix_BPD = prefix_BPD + positions[:, : self.num_prefix]
-        if keep is not None:
-            x_BND = x_BND.gather(1, keep.unsqueeze(-1).expand(-1, -1, x_BND.shape[-1]))
         x_BTD = torch.cat([prefix_BPD.expand(len(images), -1, -1), x_BND], dim=1)
         return vit.norm_pre(vit.pos_drop(x_BTD)), grid
+
+    def _embed(self, images: Tensor, keep: Tensor | None) -> Tensor:
+        """What the patches, or those to keep, show: (B, N, D). The convolution sees each patch by itself, so those that
+        nobody keeps need not be in it."""
+        embed = self.vit.patch_embed
+        if keep is None:
+            return rearrange(embed(images), "b h w d -> b (h w) d")
+        pixels = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch_size, q=self.patch_size)
+        column = rearrange(take(pixels, keep), "b n (c p q) -> b c (n p) q", p=self.patch_size, q=self.patch_size)
+        return embed.norm(rearrange(embed.proj(column), "b d n 1 -> b n d"))
 
     def position_table(self, grid: tuple[int, int]) -> Tensor | None:
         """The position table for a grid of patches, (1, P + rows·columns, D) with P = 0 if prefix tokens have none."""
@@ -263,3 +294,8 @@ class Encoder(nn.Module):
                 matrix = resampling_matrix(self.table_grid, grid, self.pos_interpolation)
                 self._matrices[key] = matrix.to(device=table.device, dtype=table.dtype)
         return self._matrices[key]
+
+
+def take(tokens: Tensor, ids: Tensor) -> Tensor:
+    """tokens (B, N, D), ids (B, n) → (B, n, D)."""
+    return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from selfsight.encoders.attention import Layout
+from selfsight.encoders.attention import Asked, Layout
 from selfsight.encoders.blocks import Drops, step
 from selfsight.errors import UserError
 
 Checkpointing = Literal["none", "selective", "full"]
-Step = Callable[[nn.Module, Tensor, Layout, Drops], Tensor]
+Step = Callable[[nn.Module, Tensor, Layout, Drops, Asked | None], Tensor]
 
 # What takes long and is kept by selective checkpointing: matrix products and attention. Norms, activations, rotations
 # and LayerScale are computed again.
@@ -51,11 +51,11 @@ def checkpointed(how: Checkpointing) -> Step:
     if how == "selective":
         keep["context_fn"] = partial(create_selective_checkpoint_contexts, KEPT)
 
-    def recomputing(block: nn.Module, x_SD: Tensor, layout: Layout, drops: Drops) -> Tensor:
+    def recomputing(block: nn.Module, x_SD: Tensor, layout: Layout, drops: Drops, asked: Asked | None) -> Tensor:
         if not torch.is_grad_enabled():
-            return step(block, x_SD, layout, drops)
+            return step(block, x_SD, layout, drops, asked)
         with _casts_counted(x_SD.device.type):
-            out = checkpoint(step, block, x_SD, layout, drops, use_reentrant=False, **keep)
+            out = checkpoint(step, block, x_SD, layout, drops, asked, use_reentrant=False, **keep)
         assert isinstance(out, Tensor)
         return out
 

@@ -19,8 +19,10 @@ class WeightNormLinear(nn.Module):
         self.weight_v = nn.Parameter(nn.Linear(in_dim, out_dim, bias=False).weight.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        # The norm is taken in the parameters' own precision; autocast then casts the product for the matmul.
-        return F.linear(x, self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True)))
+        # One pass over the rows, in the parameters' own precision; autocast then casts the result for the matmul.
+        with torch.autocast(x.device.type, enabled=False):
+            weight = torch._weight_norm(self.weight_v, self.weight_g)
+        return F.linear(x, weight)
 
 
 class DINOHead(nn.Module):

@@ -111,8 +111,7 @@ def freeze_final_bias(encoder: Encoder) -> None:
 
 def pair_features(encoder: Encoder, pair: Tensor) -> Tensor:
     """pair (2, B, 3, S, S) → (2, B, D) in one forward: the class token, or the mean patch where there is none."""
-    tokens = encoder(rearrange(pair, "v b c h w -> (v b) c h w"))
-    features = tokens.avg if tokens.cls is None else tokens.cls
+    (features,) = encoder.features([rearrange(pair, "v b c h w -> (v b) c h w")])
     return rearrange(features, "(v b) d -> v b d", v=len(pair))
 
 

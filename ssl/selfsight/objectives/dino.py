@@ -166,9 +166,9 @@ class DINO(Objective):
         }
 
     def _project(self, encoder: encoders.Encoder, head: nn.Module, crops: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Class tokens (V·B, D) and logits (V, B, K) of all crops: one forward per resolution, then one of the head."""
+        """Class tokens (V·B, D) and logits (V, B, K) of all crops: one forward of all resolutions, then of the head."""
         batch = crops[0].shape[1]
-        cls = torch.cat([encoder(rearrange(crop, "v b c h w -> (v b) c h w")).cls for crop in crops])
+        cls = torch.cat(encoder.features([rearrange(crop, "v b c h w -> (v b) c h w") for crop in crops]))
         logits = rearrange(head(cls), "(v b) k -> v b k", b=batch)
         return cls, logits.to(torch.promote_types(logits.dtype, torch.float32))  # softmax and loss leave autocast here
 

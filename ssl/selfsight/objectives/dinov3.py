@@ -81,12 +81,8 @@ class DINOv3(DINOv2):
         asked = (self.student.grid(self.config.global_crops_size) ** 2 * ratio).int()
         return top_up(self.blocks(noise[:, 1 : 1 + NUMBERS], asked), asked, noise[:, 1 + NUMBERS :])
 
-    def see_local(self, images: Tensor) -> Tensor:
-        if self.local_norm is None or not self.training:
-            return super().see_local(images)
-        cls = self.student(images, prefix_norm=self.local_norm).cls
-        assert cls is not None
-        return cls
+    def local_prefix_norm(self) -> nn.Module | None:
+        return self.local_norm if self.training else None
 
     def weights(self) -> dict[str, float]:
         c = self.config

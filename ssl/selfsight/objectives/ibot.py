@@ -92,17 +92,21 @@ class IBOT(DINO):
         return t, *self.see_as_student(batch, mask)
 
     def see_as_student(self, batch: dict[str, Tensor], mask: Tensor | None) -> tuple[Tokens, Tensor]:
-        """The student's part of `see`; without a mask it sees the global crops whole."""
-        images = rearrange(batch["global"], "v b c h w -> (v b) c h w")
-        s = self.student(images, mask=mask, mask_token=self.mask_token)
-        if "local" not in batch:
-            return s, _cls(s)
-        local = self.see_local(rearrange(batch["local"], "v b c h w -> (v b) c h w"))
-        return s, torch.cat([_cls(s), local])
+        """The student's part of `see`; without a mask it sees the global crops whole. Of the local crops only the class
+        tokens are compared with anything."""
+        crops = [batch[name] for name in ("global", "local") if name in batch]
+        s, *local = self.student.forward_list(
+            [rearrange(crop, "v b c h w -> (v b) c h w") for crop in crops],
+            masks=[mask, None][: len(crops)],
+            mask_token=self.mask_token,
+            prefix_norms=[None, self.local_prefix_norm()][: len(crops)],
+            prefix_only=[False, True][: len(crops)],
+        )
+        return s, torch.cat([_cls(s), *map(_cls, local)])
 
-    def see_local(self, images: Tensor) -> Tensor:
-        """The student's class tokens (n·B, D) of the local crops."""
-        return _cls(self.student(images))
+    def local_prefix_norm(self) -> nn.Module | None:
+        """The student's last norm of the local crops' class tokens, where it is one of their own."""
+        return None
 
     def per_crop(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """(V·B, K) → (V, B, K) in fp32 or wider: softmax and loss leave autocast here."""

@@ -86,8 +86,7 @@ class LeJEPA(Objective):
         """batch: "global" (V_g, B, 3, S, S) and, unless there are no local crops, "local" (n, B, 3, s, s)."""
         c = self.config
         crops = [batch[name] for name in ("global", "local") if name in batch]
-        tokens = [self.student(rearrange(crop, "v b c h w -> (v b) c h w")) for crop in crops]
-        features = torch.cat([t.avg if t.cls is None else t.cls for t in tokens])
+        features = torch.cat(self.student.features([rearrange(crop, "v b c h w -> (v b) c h w") for crop in crops]))
         z = self.projector(features)
         z_VBD = rearrange(z, "(v b) d -> v b d", b=crops[0].shape[1])
         z_VBD = z_VBD.to(torch.promote_types(z.dtype, torch.float32))

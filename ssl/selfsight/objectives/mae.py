@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from selfsight import encoders
 from selfsight.collective import Collective
+from selfsight.encoders.attention import Asked, Group, layout
+from selfsight.encoders.encoder import take
 from selfsight.encoders.positions import sincos_table
 from selfsight.errors import UserError, check_range
 from selfsight.objectives.base import Objective, Outcome, Progress
@@ -88,22 +90,31 @@ class MAE(Objective):
         images = batch["crop"][0]
         ids_keep, ids_restore, mask = random_masking(batch["noise"], self.len_keep)
         latent = self.student(images, keep=ids_keep)
-        pred = self.forward_decoder(latent.sequence, ids_restore)
-        target = patchify(images, self.student.patch_size)
-        loss = mae_loss(pred, target, mask, self.config.norm_pix_loss)
+        ids_hidden = ids_restore.argsort(dim=1)[:, self.len_keep :]  # of nothing else is there a loss
+        pred = self.forward_decoder(latent.sequence, ids_restore, ids_hidden)
+        target = take(patchify(images, self.student.patch_size), ids_hidden)
+        loss = mae_loss(pred, target, mask.gather(1, ids_hidden), self.config.norm_pix_loss)
         return Outcome(loss, features=latent.avg.detach())
 
-    def forward_decoder(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
-        """latent (B, P + n_keep, D) → predicted pixels (B, L, patch²·3) of all patches, in the image's order."""
+    def forward_decoder(self, latent: Tensor, ids_restore: Tensor, ids: Tensor | None = None) -> Tensor:
+        """latent (B, P + n_keep, D) → predicted pixels (B, L, patch²·3) of all patches, in the image's order, or
+        (B, n, patch²·3) of those in `ids` (B, n)."""
         prefix = self.student.num_prefix
         x = self.decoder_embed(latent)
         mask_tokens = self.mask_token.expand(len(x), self.num_patches - self.len_keep, -1).to(x.dtype)
         patches = torch.cat([x[:, prefix:], mask_tokens], dim=1)
-        patches = patches.gather(1, ids_restore.unsqueeze(-1).expand(-1, -1, x.shape[-1]))  # unshuffle
+        patches = take(patches, ids_restore)  # unshuffle
         x = torch.cat([x[:, :prefix], patches], dim=1) + self.decoder_pos_embed
-        for block in self.decoder_blocks:
-            x = block(x)
-        return self.decoder_pred(self.decoder_norm(x))[:, prefix:]
+        length = x.shape[1]
+        if ids is None:
+            ids = torch.arange(self.num_patches, device=x.device).expand(len(x), -1)
+        rows = prefix + ids + length * torch.arange(len(x), device=x.device).unsqueeze(1)
+        where, wanted = (layout([Group(len(x), n)], x) for n in (length, ids.shape[1]))
+        run, x = self.student.block_step(x), x.flatten(0, 1)
+        for block in self.decoder_blocks[:-1]:
+            x = run(block, x, where, (None, None), None)
+        x = run(self.decoder_blocks[-1], x, where, (None, None), Asked(rows.flatten(), wanted))
+        return rearrange(self.decoder_pred(self.decoder_norm(x)), "(b n) d -> b n d", n=ids.shape[1])
 
     def collapse_values(self) -> dict[str, float]:
         """What predicting each patch's mean scores: all of the normalised, unbiased variance."""

@@ -108,13 +108,13 @@ class MSN(Objective):
         c = self.config
         target, anchors = batch["random"][0], batch["random"][1:]
         with torch.no_grad():
-            cls_t = _feature(self.teacher(target))
+            (cls_t,) = self.teacher.features([target])
             z_t = self.teacher_head(cls_t)  # (B, D)
         noise = rearrange(batch["mask"], "b (v l) -> (v b) l", v=c.rand_views)
         keep = noise.argsort(dim=1, stable=True)[:, : self.len_keep]
-        features = [_feature(self.student(rearrange(anchors, "v b c h w -> (v b) c h w"), keep=keep))]
-        if "focal" in batch:
-            features.append(_feature(self.student(rearrange(batch["focal"], "v b c h w -> (v b) c h w"))))
+        crops = [anchors, *([batch["focal"]] if "focal" in batch else [])]
+        keeps = [keep, None][: len(crops)]
+        features = self.student.features([rearrange(x, "v b c h w -> (v b) c h w") for x in crops], keeps=keeps)
         z = rearrange(self.student_head(torch.cat(features)), "(v b) d -> v b d", b=len(target))
         loss, metrics = self.compare(z, z_t)
         return Outcome(loss, features=cls_t, metrics=metrics)
@@ -192,10 +192,6 @@ def power_law(k: int, exponent: float) -> Tensor:
     """float64 (k,): proportional to 1, 2^−exponent, 3^−exponent, …, of sum 1."""
     weights = torch.arange(1, k + 1, dtype=torch.float64) ** -exponent
     return weights / weights.sum()
-
-
-def _feature(tokens: encoders.Tokens) -> Tensor:
-    return tokens.avg if tokens.cls is None else tokens.cls
 
 
 def _checked(c: MSNConfig) -> MSNConfig:

@@ -93,8 +93,7 @@ class SwAV(Objective):
         c = self.config
         crops = [batch[name] for name in ("global", "local") if name in batch]
         n = crops[0].shape[1]
-        tokens = [self.student(rearrange(crop, "v b c h w -> (v b) c h w")) for crop in crops]
-        features = torch.cat([t.avg if t.cls is None else t.cls for t in tokens])
+        features = torch.cat(self.student.features([rearrange(crop, "v b c h w -> (v b) c h w") for crop in crops]))
         z = self.projector(features)
         with torch.autocast(z.device.type, enabled=False):
             # The official code sets the prototypes back to length 1 before every step. Dividing by the length here
