@@ -60,6 +60,7 @@ class Sample:
     images: int
     wall: float  # seconds
     cpu: float  # seconds, over all processes
+    more: dict[str, float] = field(default_factory=dict)  # what else a rival says of its work
 
     @property
     def per_core(self) -> float:
@@ -93,11 +94,15 @@ def _living(root: int) -> Iterator[float]:
     return (spent[pid] for pid in family - {root})
 
 
-def timed(work: Callable[[], int]) -> Sample:
-    """`work` does something with images and returns how many."""
+Work = Callable[[], int | tuple[int, dict[str, float]]]
+
+
+def timed(work: Work) -> Sample:
+    """`work` does something with images and returns how many, and what else it has to say."""
     wall, cpu = time.perf_counter(), cpu_seconds()
-    images = work()
-    return Sample(images, time.perf_counter() - wall, cpu_seconds() - cpu)
+    done = work()
+    wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
+    return Sample(done, wall, cpu) if isinstance(done, int) else Sample(done[0], wall, cpu, done[1])
 
 
 class Absent(Exception):
@@ -111,10 +116,10 @@ class Rival:
     others in peace.
     """
 
-    def __init__(self, name: str, command: Sequence[str]) -> None:
+    def __init__(self, name: str, command: Sequence[str], *, threads: int = 1) -> None:
+        """`threads` of numerical libraries: where a rival has workers, more would compete with them for the cores."""
         self.name = name
-        # Threads of numerical libraries would compete with the workers for the same cores.
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        env = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=env, start_new_session=True)
 
@@ -146,7 +151,7 @@ class Rival:
             os.killpg(self._process.pid, number)  # its own session: it and its workers
 
 
-def serve(prepare: Callable[[str], Callable[[], int]]) -> None:
+def serve(prepare: Callable[[str], Work]) -> None:
     """The other side of a `Rival`: `prepare(job)` returns the work, which is done once unmeasured and then as asked."""
     # What libraries print must not mix with the answers.
     answers = os.fdopen(os.dup(1), "w")
@@ -214,14 +219,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--write", type=Path, metavar="FILE", help="put the table into this page as well")
 
 
-def report(name: str, here: dict[str, Any], rows: list[Row], args: argparse.Namespace) -> None:
-    """Prints what was measured, and writes it into a page where `args.write` says so."""
+def report(name: str, here: dict[str, Any], rows: list[Row], args: argparse.Namespace, place: str = "") -> None:
+    """Prints what was measured, and writes it into a page where `args.write` says so, to its `place` (or `name`)."""
     if args.json:
         print(json.dumps(to_json(name, here, rows)))
     else:
         print(f"{describe(here)}\n\n{table(rows)}")
     if args.write:
-        write(args.write, name, f"python {' '.join(_told(sys.argv))}", here, rows)
+        write(args.write, place or name, f"python {' '.join(_told(sys.argv))}", here, rows)
 
 
 def to_json(name: str, here: dict[str, Any], rows: list[Row]) -> dict[str, Any]:
