@@ -205,8 +205,13 @@ def _collected(claim: Claim, tasks: list[Future], last: bool, pin: bool) -> tupl
 
 
 def _pixels(corpus: Corpus, transform: EvalTransform, ordinal: int) -> np.ndarray:
+    return read_sample(corpus, ordinal, lambda data: transform.pixels(decode_image(data)))
+
+
+def read_sample(corpus: Corpus, ordinal: int, turn: Callable[[bytes], np.ndarray]) -> np.ndarray:
+    """What `turn` makes of a sample's bytes. Raises UserError naming a sample that cannot be read."""
     try:
-        return transform.pixels(decode_image(corpus.sample(ordinal).data))
+        return turn(corpus.sample(ordinal).data)
     except (DecodeError, ValueError, OSError) as e:
         what = f"sample {ordinal} cannot be read ({' '.join(str(e).split())})"
         raise UserError(f"{corpus.path}: {what}; `selfsight corpus verify` lists every fault") from e

@@ -54,8 +54,8 @@ class Linear(Protocol):
     def run(self, bench: Bench) -> list[Score]:
         train, test = bench.labelled()
         widest = reduce(or_, self.poolings())
-        features = (bench.features(corpus, widest, resize=self.resize) for corpus in (train, test))
-        return [evaluate(*features, self, device=bench.how.device)]
+        X, X_test = (bench.features(corpus, widest, resize=self.resize) for corpus in (train, test))
+        return [evaluate(X, X_test, self, device=bench.how.device)]
 
     def steps(self, n: int) -> int:
         return max(self.min_steps, self.epochs * math.ceil(n / self.batch_size))

@@ -30,7 +30,12 @@ MODULES = {
     "linear-grid": ("eval_probes.linear", "the same over DINOv2's four choices of tokens as well"),
     "ridge": ("eval_probes.ridge", "ridge regression in closed form, λ chosen on held-out training images"),
     "label-free": ("eval_probes.labelfree", "RankMe, α-ReQ, uniformity and spread of the test images' features"),
-    "mae-linprobe": ("eval_probes.linprobe", "MAE's linear probe: batch norm and LARS, 90 epochs"),
+    "dino-linear": ("eval_probes.linear_crops", "DINO's linear probe of ViT-S on random crops, 100 epochs"),
+    "dino-linear-base": ("eval_probes.linear_crops", "DINO's of ViT-B: class token and mean patch token"),
+    "dinov2-linear": ("eval_probes.linear_crops", "DINOv2's linear probe on random crops: best of 52 heads"),
+    "mae-linprobe": ("eval_probes.linprobe", "MAE's linear probe on random crops: batch norm and LARS, 90 epochs"),
+    "mae-linprobe-kept": ("eval_probes.linprobe", "the same on kept features, without crops"),
+    "capi-attentive": ("eval_probes.attentive", "CAPI's attentive probe on random crops: best of 30 heads"),
 }
 
 

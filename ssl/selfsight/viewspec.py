@@ -24,6 +24,7 @@ class CropSpec:
     scale: tuple[float, float]  # fraction of the image's area
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # aspect ratio, drawn log-uniformly
     flip: float = 0.5  # probability of a horizontal flip
+    interpolation: str = "bicubic"  # or bilinear; antialiased either way
     jitter: float = 0.0  # probability of colour jitter
     brightness: float = 0.0  # jitter strengths, as torchvision.transforms.ColorJitter defines them
     contrast: float = 0.0
@@ -47,6 +48,8 @@ class CropSpec:
                 check_range(f"{key} of the {self.name} crops", probability, 0, 1)
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise UserError(f"scale of the {self.name} crops is {list(self.scale)}: give 0 < from ≤ to ≤ 1")
+        if self.interpolation not in ("bicubic", "bilinear"):
+            raise UserError(f"the {self.name} crops cannot be {self.interpolation!r}: choose bicubic or bilinear")
         if not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
             raise UserError(f"blur_sigma of the {self.name} crops is {list(self.blur_sigma)}: give 0 < from ≤ to")
         if self.blur_taps < 1 or self.blur_taps % 2 == 0:

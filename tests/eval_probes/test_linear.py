@@ -188,10 +188,10 @@ def test_one_image_per_class_is_too_few():
 
 def test_maes_probe_learns_and_repeats():
     train, test = blobs(400, 0, "a"), blobs(100, 1, "b")
-    protocol = linprobe.MAELinprobe(base_lr=10.0, batch_size=100)
+    protocol = linprobe.MAEOnFeatures(base_lr=10.0, batch_size=100)
     score = linprobe.evaluate(train, test, protocol)
     assert score.value > 0.9
-    assert score.protocol == "mae-linprobe"
+    assert score.protocol == "mae-linprobe-kept"
     assert linprobe.evaluate(train, test, protocol) == score
     assert linprobe.schedule(5, protocol) == 0.5
     assert linprobe.schedule(50, protocol) == pytest.approx(0.5)

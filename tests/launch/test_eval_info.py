@@ -86,15 +86,15 @@ def test_scores_of_a_run_are_kept_in_the_run(place, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(place / "run", run)
     assert evaluate(place, "knn", run) == 0
-    assert evaluate(place, "mae-linprobe", run / "exports" / "step_00000004", "tokens=cls+avg") == 0
+    assert evaluate(place, "mae-linprobe-kept", run / "exports" / "step_00000004", "tokens=cls+avg") == 0
     protocols = [s.protocol for s in ResultsStore(run / "results.sqlite").rows()]
-    assert protocols == ["knn", "mae-linprobe"]
+    assert protocols == ["knn", "mae-linprobe-kept"]
     capsys.readouterr()
     assert main(["info", str(run), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert (said["kind"], said["step"], said["exports"]) == ("run", 4, [4])
     assert said["metrics"]["loss"] == 0.5
-    assert [s["protocol"] for s in said["scores"]] == ["knn", "mae-linprobe"]
+    assert [s["protocol"] for s in said["scores"]] == ["knn", "mae-linprobe-kept"]
     assert said["scores"][0]["step"] == 4
 
 

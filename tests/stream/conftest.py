@@ -69,15 +69,17 @@ def photographs() -> list[bytes]:
     return files[::20]
 
 
-def _torchvision_crop(image: np.ndarray, row: np.ndarray, size: int, taps: int = 13) -> np.ndarray:
+def _torchvision_crop(
+    image: np.ndarray, row: np.ndarray, size: int, taps: int = 13, interpolation: str = "bicubic"
+) -> np.ndarray:
     """The crop of these parameters by torchvision.transforms.v2.functional on float tensors: float, levels 0–255.
 
     Clamped after bicubic resampling, which overshoots, as the 8-bit functions are.
     """
     left, top, width, height = (int(v) for v in row[draw.LEFT : draw.HEIGHT + 1])
     x = torch.from_numpy(image).permute(2, 0, 1).double() / 255
-    bicubic = functional.InterpolationMode.BICUBIC
-    x = functional.resized_crop(x, top, left, height, width, [size, size], interpolation=bicubic, antialias=True)
+    how = functional.InterpolationMode(interpolation)
+    x = functional.resized_crop(x, top, left, height, width, [size, size], interpolation=how, antialias=True)
     x = x.clamp(0, 1)
     if row[draw.FLIP]:
         x = functional.horizontal_flip(x)

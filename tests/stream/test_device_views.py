@@ -20,6 +20,7 @@ SPEC = ViewSpec(
     (NoiseSpec("mask", 7),),
 )
 PLAIN = ViewSpec((CropSpec("crop", 1, 64, (0.2, 1.0)),))
+BILINEAR = ViewSpec((CropSpec("crop", 1, 64, (0.2, 1.0), interpolation="bilinear"),))
 SMALL = ViewSpec((CropSpec("crop", 2, 16, (0.3, 1.0), blur=(0.5, 0.5), solarize=(0.5, 0.5), **COLOUR),))
 
 
@@ -40,7 +41,7 @@ def levels(crops):
     return 255 * (crops.cpu().double() * std + mean).numpy()
 
 
-@pytest.mark.parametrize("spec", [SPEC, PLAIN], ids=["dino", "mae"])
+@pytest.mark.parametrize("spec", [SPEC, PLAIN, BILINEAR], ids=["dino", "mae", "bilinear"])
 def test_agrees_with_the_crops_of_the_cpu(scenes, spec):
     """Which are rounded to whole levels: half a level, and a hundredth for the two ways of adding up."""
     staged, made = both(spec, scenes)

@@ -37,9 +37,9 @@ def params(box, order=(), factors=(1, 1, 1, 0), flip=False, grayscale=False, sig
     return row
 
 
-def rendered(image, row, size, taps=13):
+def rendered(image, row, size, taps=13, interpolation="bicubic"):
     out = np.empty((1, 1, 3, size, size), np.uint8)
-    pixels.render(image, row[None], taps, out, 0)
+    pixels.render(image, row[None], taps, interpolation == "bilinear", out, 0)
     return out[0, 0]
 
 
@@ -51,9 +51,10 @@ def assert_rounded(levels, want, share=2e-4):
     assert (off > 0.505).mean() <= share
 
 
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("size", [16, 96, 224, 7])
-def test_resampling(scenes, torchvision_crop, size, flip):
+def test_resampling(scenes, torchvision_crop, size, flip, interpolation):
     for image in scenes:
         height, width = image.shape[:2]
         for box in [
@@ -65,7 +66,8 @@ def test_resampling(scenes, torchvision_crop, size, flip):
             (0, 1, width, 1),
         ]:
             row = params(box, flip=flip)
-            assert_rounded(rendered(image, row, size), torchvision_crop(image, row, size))
+            want = torchvision_crop(image, row, size, interpolation=interpolation)
+            assert_rounded(rendered(image, row, size, interpolation=interpolation), want)
 
 
 def test_a_crop_of_its_own_size_is_a_copy(scenes):

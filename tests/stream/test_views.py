@@ -182,6 +182,8 @@ def test_contradictions_in_a_spec_are_named():
         views(ViewSpec((replace(GLOBAL, blur=(0.5,)),)))
     with pytest.raises(UserError, match="blur_taps of the global crops is 4"):
         replace(GLOBAL, blur_taps=4)
+    with pytest.raises(UserError, match="cannot be 'nearest'"):
+        replace(GLOBAL, interpolation="nearest")
     with pytest.raises(UserError, match="turn their blur off"):
         replace(GLOBAL, size=6)
     with pytest.raises(UserError, match="blur_sigma of the global crops"):

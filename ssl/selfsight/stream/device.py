@@ -59,7 +59,9 @@ def _crops(
     spec: CropSpec, canvas: Tensor, params: Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype
 ) -> Tensor:
     """canvas uint8 (B, S, S, 3), params float32 (B, count, COLUMNS) → (count, B, 3, size, size)."""
-    levels = resample(canvas, params, spec.size, dtype)  # (B, count, 3, size, size), as what follows
+    levels = resample(
+        canvas, params, spec.size, dtype, spec.interpolation
+    )  # (B, count, 3, size, size), as what follows
     column = params[..., None, None, None]  # broadcasts over (3, size, size)
     if spec.jitter > 0:
         levels = jitter(levels, column)
@@ -76,11 +78,12 @@ def _crops(
     return rearrange(normalised, "c b n h w -> n b c h w").contiguous()
 
 
-def resample(canvas: Tensor, params: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """Cuts and resizes, antialiased bicubic, flips: float32 (B, count, 3, size, size) in levels, clamped to 0–255."""
+def resample(canvas: Tensor, params: Tensor, size: int, dtype: torch.dtype, interpolation: str = "bicubic") -> Tensor:
+    """Cuts and resizes, antialiased, flips: float32 (B, count, 3, size, size) in levels, clamped to 0–255."""
     side = canvas.shape[1]
-    down = bicubic(params[..., TOP], params[..., HEIGHT], side, size)  # (B, count, size, S)
-    along = bicubic(params[..., LEFT], params[..., WIDTH], side, size)
+    weights = bilinear if interpolation == "bilinear" else bicubic
+    down = weights(params[..., TOP], params[..., HEIGHT], side, size)  # (B, count, size, S)
+    along = weights(params[..., LEFT], params[..., WIDTH], side, size)
     along = torch.where(params[..., FLIP, None, None] > 0, along.flip(-2), along)
     with torch.autocast(canvas.device.type, enabled=False):
         # One product per image cuts all its crops' lines: they share the pixels.
@@ -95,15 +98,28 @@ def bicubic(first: Tensor, length: Tensor, n_in: int, n_out: int) -> Tensor:
 
     What lies outside of first … first + length has no part in it.
     """
+    x, inside = _distance(first, length, n_in, n_out)
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    weights = torch.where(x < 1, near, far * (x < 2)) * inside
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def bilinear(first: Tensor, length: Tensor, n_in: int, n_out: int) -> Tensor:
+    """PIL's antialiased bilinear, as `bicubic` has its own."""
+    x, inside = _distance(first, length, n_in, n_out)
+    weights = (1 - x).clamp(min=0) * inside
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def _distance(first: Tensor, length: Tensor, n_in: int, n_out: int) -> tuple[Tensor, Tensor]:
+    """(…, n_out, n_in) both: how far an input is from an output's centre, in the wider of their two pixels, and whether
+    it lies in the box."""
     i = torch.arange(n_out, device=first.device, dtype=torch.float32)[:, None]
     j = torch.arange(n_in, device=first.device, dtype=torch.float32) - first[..., None, None]
     scale = length[..., None, None] / n_out
     wide = scale.clamp(min=1)
-    x = ((j + 0.5 - (i + 0.5) * scale) / wide).abs()
-    near = (1.5 * x - 2.5) * x * x + 1
-    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
-    weights = torch.where(x < 1, near, far * (x < 2)) * ((j >= 0) & (j < length[..., None, None]))
-    return weights / weights.sum(-1, keepdim=True)
+    return ((j + 0.5 - (i + 0.5) * scale) / wide).abs(), (j >= 0) & (j < length[..., None, None])
 
 
 def _gray(levels: Tensor) -> Tensor:

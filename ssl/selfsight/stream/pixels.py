@@ -38,18 +38,18 @@ _NOTHING = 1e-6  # a tap of the blur that weighs less is left out: 0.0003 levels
 
 
 @compiled
-def render(image, params, taps, out, at) -> None:
+def render(image, params, taps, bilinear, out, at) -> None:
     """Writes the crops of an image to place `at` of a batch of them.
 
-    `image` uint8 (H, W, 3), `params` float32 (count, COLUMNS), `taps` of the blur, `out` uint8 (count, B, 3, size,
-    size), all contiguous. A box must lie inside the image.
+    `image` uint8 (H, W, 3), `params` float32 (count, COLUMNS), `taps` of the blur, `bilinear` or else bicubic, `out`
+    uint8 (count, B, 3, size, size), all contiguous. A box must lie inside the image.
     """
     size = out.shape[-1]
     planes = np.empty((3, size * size), np.float32)
     scratch = np.empty(size * size, np.float32)
     for crop in range(out.shape[0]):
         row = params[crop]
-        _resample(image, row, planes, size, size)
+        _resample(image, row, bilinear, planes, size, size)
         _jitter(planes, row)
         channels = 3
         if row[GRAYSCALE] > 0:
@@ -70,7 +70,7 @@ def shrink(image, out) -> None:
     planes = np.empty((3, height * width), np.float32)
     whole = np.zeros(COLUMNS, np.float32)
     whole[WIDTH], whole[HEIGHT] = image.shape[1], image.shape[0]
-    _resample(image, whole, planes, height, width)
+    _resample(image, whole, False, planes, height, width)
     for c in range(3):
         for y in range(height):
             for x in range(width):
@@ -83,14 +83,15 @@ def _level(x):
 
 
 @compiled
-def _bicubic(n_in, n_out):
-    """PIL's antialiased bicubic (a = −0.5): (weights float32 (n_out, taps + 2), the first input of each output, taps).
+def _filter(n_in, n_out, bilinear):
+    """PIL's antialiased bilinear or bicubic (a = −0.5): (weights float32 (n_out, taps + 2), the first input of each
+    output, taps).
 
     All outputs have the same number of taps, which is even; those beyond the support or the input weigh 0.
     """
     scale = n_in / n_out
     wide = max(scale, 1.0)
-    support = 2.0 * wide
+    support = wide if bilinear else 2.0 * wide
     taps = (int(2 * support) + 2) // 2 * 2
     weights = np.zeros((n_out, taps + 2), np.float32)
     first = np.empty(n_out, np.int64)
@@ -104,7 +105,10 @@ def _bicubic(n_in, n_out):
             x = abs(offset + np.float32(k) * step)
             near = (np.float32(1.5) * x - np.float32(2.5)) * x * x + np.float32(1)
             far = ((np.float32(-0.5) * x + np.float32(2.5)) * x - np.float32(4)) * x + np.float32(2)
-            row[k] = near if x < 1 else (far if x < 2 else np.float32(0))
+            if bilinear:
+                row[k] = max(np.float32(1) - x, np.float32(0))
+            else:
+                row[k] = near if x < 1 else (far if x < 2 else np.float32(0))
         for k in range(stop - start):
             total += row[k]
         total = np.float32(1) / total
@@ -152,15 +156,15 @@ def _mix_rgb(typingctx, line, at, weights, taps):
 
 
 @compiled
-def _resample(image, row, planes, rows, columns) -> None:
+def _resample(image, row, bilinear, planes, rows, columns) -> None:
     """The box and flip of a row of parameters, at rows × columns pixels: `planes` float32 (3, rows · columns), 0–255.
 
     Pixels outside the box have no part in it. First down the columns, all bytes of a line side by side, then along it.
     """
     left, top, width, height = int(row[LEFT]), int(row[TOP]), int(row[WIDTH]), int(row[HEIGHT])
     flip = row[FLIP] > 0
-    down, above, taps_down = _bicubic(height, rows)
-    along, before, taps_along = _bicubic(width, columns)
+    down, above, taps_down = _filter(height, rows, bilinear)
+    along, before, taps_along = _filter(width, columns, bilinear)
     n = 3 * width
     line = np.zeros(n + 3 * taps_along + 2, np.float32)  # the taps that weigh nothing may lie beyond its end
     lines = image.reshape(image.shape[0], image.shape[1] * 3)[top : top + height, 3 * left : 3 * left + n]

@@ -108,7 +108,7 @@ class Views:
         for spec in self.spec.crops:
             rows = np.empty((spec.count, draw.COLUMNS), np.float32)
             self._draw(spec.name, image, ordinal, visit, rows)
-            pixels.render(image, rows, spec.blur_taps, out[spec.name], i)
+            pixels.render(image, rows, spec.blur_taps, spec.interpolation == "bilinear", out[spec.name], i)
         self._noise(ordinal, visit, out, i)
 
     def staging_shapes(self, batch: int, *, encoded: bool = False) -> Shapes:
