@@ -64,7 +64,8 @@ def test_probes_do_not_know_the_trainer_or_the_launcher():
     for path in (ROOT / "eval_probes").rglob("*.py"):
         for imported in imports(path):
             assert imported.split(".")[0] != "launch", f"{path} imports {imported}"
-            assert room(imported) not in {"objectives", "stream"}, f"{path} imports {imported}"
+            if imported != "selfsight.stream.views.Views":  # how any crop is made; the order of a run is the trainer's
+                assert room(imported) not in {"objectives", "stream"}, f"{path} imports {imported}"
 
 
 @pytest.mark.parametrize("place", WITHOUT_TORCH)
