@@ -26,7 +26,7 @@ def outcome(run: Path) -> tuple:
     """What a run has at its end: digests of weights, teacher and moments, exports, and the log but for times."""
     last = read_state(run / "checkpoints/step_00000012")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timings = {"images_per_second", "data_wait"}
+    timings = {"images_per_second", "data_wait", "peak_memory"}
     log = [{k: v for k, v in line.items() if k not in timings} for line in lines]
     weights = {step: (path / "model.safetensors").read_bytes() for step, path in exports(run).items()}
     return last["files"], log, weights
