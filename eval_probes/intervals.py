@@ -1,6 +1,7 @@
 """How sure a figure is: Wilson's score interval for a proportion (1927), the bootstrap's for a mean, paired tests."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -55,3 +56,14 @@ def sign_flips(a: np.ndarray, b: np.ndarray, *, rounds: int = 10_000, seed: int 
         signs = generator.integers(0, 2, (min(256, rounds - start), len(difference)), dtype=np.int8) * 2 - 1
         extreme += int((np.abs(signs @ difference) >= observed - tolerance).sum())
     return (extreme + 1) / (rounds + 1)
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """`ps` of several tests, adjusted so that all that lie below α are right at once with probability 1 − α (Holm
+    1979)."""
+    order = sorted(range(len(ps)), key=lambda i: ps[i])
+    adjusted, so_far = [0.0] * len(ps), 0.0
+    for rank, i in enumerate(order):
+        so_far = max(so_far, min(1.0, (len(ps) - rank) * ps[i]))
+        adjusted[i] = so_far
+    return adjusted

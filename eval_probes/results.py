@@ -51,12 +51,13 @@ class Score:
 
     def said(self, digits: int = 2) -> str:
         """The value in its unit with its interval and n: 45.50 % (95 % interval 43.34–47.67, n=2000)."""
-        value, low, high = (None if x is None else self._number(x, digits) for x in (self.value, self.low, self.high))
+        value, low, high = (None if x is None else self.number(x, digits) for x in (self.value, self.low, self.high))
         unit = f" {self.unit}" if self.unit else ""
         sure = f"95 % interval {low}–{high}, " if low is not None else ""
         return f"{value}{unit} ({sure}n={self.n})"
 
-    def _number(self, x: float, digits: int) -> str:
+    def number(self, x: float, digits: int = 2) -> str:
+        """`x`, a value of this score, without its unit: proportions as per cent."""
         return f"{100 * x:.{digits}f}" if self.unit == "%" else f"{x:.{digits + 2}g}"
 
 

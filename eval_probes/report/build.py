@@ -5,7 +5,6 @@ data for is left out with a word about it.
 """
 
 from collections import Counter
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,11 @@ import jinja2
 import torch
 
 from eval_probes.pooling import Pooling
-from eval_probes.report import gallery, sections
+from eval_probes.readings import RESULTS, grouped, of_store
+from eval_probes.report import gallery, scores, sections
 from eval_probes.report.charts import number
 from eval_probes.report.runfolder import RunFolder, open_run
-from eval_probes.results import ResultsStore, Score
+from eval_probes.results import Score
 from selfsight import __version__
 from selfsight.errors import UserError
 from selfsight.files import publish
@@ -37,12 +37,13 @@ def build_report(
     bank = Corpus.open(train) if train is not None else trained_on
     asked = Corpus.open(test) if test is not None else None
     target = Path(out) if out is not None else opened.path / "report.html"
-    _write(target, _render(_context(opened, trained_on or bank, bank, asked)))
+    write(target, render("template.html", _context(opened, trained_on or bank, bank, asked)))
     return target
 
 
 def _context(run: RunFolder, trained_on: Corpus | None, bank: Corpus | None, asked: Corpus | None) -> dict[str, Any]:
-    scores = _scores(run)
+    readings = of_store(run.path / RESULTS)
+    groups, measured = grouped(readings), [reading.score for reading in readings]
     encoders = {n: e for n, e in (("trained", run.trained), ("untrained", run.untrained)) if e is not None}
     why = {
         "scores": _why_no_scores(bank),
@@ -53,7 +54,7 @@ def _context(run: RunFolder, trained_on: Corpus | None, bank: Corpus | None, ask
     device = "cuda" if torch.cuda.is_available() else None
     near, maps, shown = None, None, asked or bank
     if encoders and bank is not None:
-        near = gallery.neighbours(encoders, bank, asked, pooling=_pooling(run, scores), device=device)
+        near = gallery.neighbours(encoders, bank, asked, pooling=_pooling(run, measured), device=device)
     if encoders and shown is not None:
         maps = gallery.maps(encoders, shown, device=device)
     export = run.trained or run.untrained
@@ -63,10 +64,11 @@ def _context(run: RunFolder, trained_on: Corpus | None, bank: Corpus | None, ask
         "version": __version__,
         "name": run.path.resolve().name,
         "where": run.path.resolve(),
-        "finding": sections.finding(run, scores),
+        "finding": scores.finding(run, measured),
         "facts": sections.facts(run, None if trained_on is None else trained_on.n, len(labels) if labels else None),
         "alarms": sections.alarms(run),
-        "groups": sections.score_groups(run, scores, _chance(asked)),
+        "groups": scores.score_groups(run, groups, _chance(asked)),
+        "score_curves": scores.score_curves(run, groups),
         "curves": curves,
         "constant": constant,
         "near": near,
@@ -93,14 +95,9 @@ def _recipe_corpus(run: RunFolder) -> Corpus | None:
     return corpus if known in (None, corpus.id) else None
 
 
-def _scores(run: RunFolder) -> list[Score]:
-    store = run.path / "results.sqlite"
-    return list(ResultsStore(store).rows()) if store.is_file() else []
-
-
-def _pooling(run: RunFolder, scores: list[Score]) -> Pooling:
+def _pooling(run: RunFolder, measured: list[Score]) -> Pooling:
     """The features of the last score of the trained encoder: the same ones are in the cache already."""
-    for score in reversed(scores):
+    for score in reversed(measured):
         if run.trained is not None and score.weights_digest == run.trained.digest:
             return Pooling.parse(score.details["features"]["tokens"]) if "features" in score.details else Pooling()
     return Pooling()
@@ -112,22 +109,27 @@ def _why_no_scores(bank: Corpus | None) -> str:
     return "No scores yet: `selfsight eval knn` and `selfsight eval linear` write them into the run."
 
 
-def _chance(asked: Corpus | None) -> float | None:
-    """The accuracy of always answering the most frequent class of the held-out corpus."""
+def _chance(asked: Corpus | None) -> tuple[str, float] | None:
+    """The held-out corpus's id and the accuracy of always answering its most frequent class."""
     labels = None if asked is None else asked.labels()
-    return None if labels is None or not len(labels) else max(Counter(labels.tolist()).values()) / len(labels)
+    if asked is None or labels is None or not len(labels):
+        return None
+    return asked.id, max(Counter(labels.tolist()).values()) / len(labels)
 
 
-def _render(context: dict[str, Any]) -> str:
-    source = resources.files("eval_probes.report").joinpath("template.html").read_text(encoding="utf-8")
+def render(template: str, context: dict[str, Any]) -> str:
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.PackageLoader("eval_probes", "report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "count": sections.count, "percent": sections.percent, "pyrepr": repr}
-    return environment.from_string(source).render(context)
+    environment.filters |= {"number": number, "count": scores.count, "percent": scores.percent, "pyrepr": repr}
+    return environment.get_template(template).render(context)
 
 
-def _write(target: Path, text: str) -> None:
+def write(target: Path, text: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with publish(target) as file:
         file.write(text.encode())

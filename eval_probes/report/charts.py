@@ -49,6 +49,49 @@ def ticks(low: float, high: float, about: int = 4) -> list[float]:
     return [round(i * step, 12 - math.floor(math.log10(step))) for i in range(first, last + 1)]
 
 
+class Axes:
+    """Where a step and a value lie in one drawing; `scale` is what its numbers are multiplied with: 100 for %."""
+
+    def __init__(self, steps: tuple[float, float], values: tuple[float, float], *, scale: float = 1.0) -> None:
+        self.y_ticks, self.scale = ticks(*values), scale
+        self.x_low, self.x_high = steps[0], max(steps[1], steps[0] + 1)
+        # A range that begins close to step 0 is read better from 0 on.
+        self.x_low = 0.0 if self.x_low <= 0.1 * self.x_high else self.x_low
+
+    def x(self, step: float) -> float:
+        return LEFT + (step - self.x_low) / (self.x_high - self.x_low) * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        low, high = self.y_ticks[0], self.y_ticks[-1]
+        return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+    def drawn(self) -> list[str]:
+        """Grid, axis and their numbers."""
+        parts = []
+        for t in self.y_ticks:
+            at, said = self.y(t), number(t * self.scale)
+            parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+            parts.append(f'<text class="tick" x="{LEFT - 6}" y="{at + 3.5:.1f}" text-anchor="end">{said}</text>')
+        foot = HEIGHT - BOTTOM
+        for t in ticks(self.x_low, self.x_high, 4):
+            if self.x_low <= t <= self.x_high:
+                at = self.x(t)
+                parts.append(
+                    f'<text class="tick" x="{at:.1f}" y="{HEIGHT - 7}" text-anchor="middle">{number(t)}</text>'
+                    f'<line class="axis" x1="{at:.1f}" x2="{at:.1f}" y1="{foot}" y2="{foot + 4}"/>'
+                )
+        parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{foot}" y2="{foot}"/>')
+        return parts
+
+    def reference(self, value: float, words: str) -> str:
+        at = self.y(value)
+        return (
+            f'<line class="reference" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>'
+            f'<text class="tick" x="{WIDTH - RIGHT}" y="{at - 4 if at > TOP + 12 else at + 12:.1f}" text-anchor="end">'
+            f"{escape(words)}</text>"
+        )
+
+
 @dataclass(frozen=True)
 class Curve:
     """One drawn curve: its last finite value, and its SVG."""
@@ -84,39 +127,14 @@ def curve(
             low, high = min(low, reference[0]), max(high, reference[0])
         else:
             reference = None
-    y_ticks = ticks(low, high)
-    x_low, x_high = points[0][0], max(points[-1][0], points[0][0] + 1)
-    # A range that begins close to step 0 is read better from 0 on.
-    x_low = 0.0 if x_low <= 0.1 * x_high else x_low
-    x_ticks = [t for t in ticks(x_low, x_high, 4) if x_low <= t <= x_high]
-
-    def x(step: float) -> float:
-        return LEFT + (step - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
-
-    def y(value: float) -> float:
-        return HEIGHT - BOTTOM - (value - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (HEIGHT - TOP - BOTTOM)
-
-    parts = []
-    for t in y_ticks:
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(t):.1f}" y2="{y(t):.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y(t) + 3.5:.1f}" text-anchor="end">{number(t)}</text>')
-    for t in x_ticks:
-        parts.append(
-            f'<text class="tick" x="{x(t):.1f}" y="{HEIGHT - 7}" text-anchor="middle">{number(t)}</text>'
-            f'<line class="axis" x1="{x(t):.1f}" x2="{x(t):.1f}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM + 4}"/>'
-        )
-    parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>')
+    axes = Axes((points[0][0], points[-1][0]), (low, high))
+    x, y, parts = axes.x, axes.y, axes.drawn()
     if reference is not None:
-        at = y(reference[0])
-        parts.append(
-            f'<line class="reference" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>'
-            f'<text class="tick" x="{WIDTH - RIGHT}" y="{at - 4 if at > TOP + 12 else at + 12:.1f}" text-anchor="end">'
-            f"{escape(reference[1])}</text>"
-        )
+        parts.append(axes.reference(*reference))
     for run in _runs(points):
         parts.append(_line(run, x, y))
     for step, words in alarms:
-        if x_low <= step <= x_high:
+        if axes.x_low <= step <= axes.x_high:
             at = x(step)
             parts.append(
                 f'<g class="alarm"><title>{escape(words)}</title>'
@@ -164,7 +182,7 @@ def _line(run: list[tuple[float, float]], x, y) -> str:
 
 @dataclass(frozen=True)
 class Interval:
-    """A score between the ends of its 95 % interval."""
+    """A score between the ends of its 95 % interval; without one, all three are the same."""
 
     low: float
     value: float
@@ -173,40 +191,49 @@ class Interval:
 
 
 class DotPlot:
-    """Rows of dots with whiskers over one shared axis from 0. Positions are percentages, so text never scales."""
+    """Rows of dots with whiskers over one shared axis. Positions are percentages of the width, so text never scales.
 
-    def __init__(
-        self, intervals: Sequence[Interval], *, chance: float | None = None, limit: float | None = None
-    ) -> None:
-        self.chance = chance
-        highest = max([i.high for i in intervals] + [chance or 0.0])
-        lowest = min([i.low for i in intervals] + [0.0])
-        self.ticks = ticks(lowest, min(highest * 1.02, limit) if limit else highest * 1.02, 5)
+    The axis begins at 0 where the values are `percent` or come near it, and ends at 1 at most where they are."""
+
+    def __init__(self, intervals: Sequence[Interval], *, chance: float | None = None, percent: bool = True) -> None:
+        self.chance, self.percent = chance, percent
+        highest = max([i.high for i in intervals] + ([] if chance is None else [chance]))
+        lowest = min(i.low for i in intervals)
+        if percent or 0 <= lowest <= 0.5 * highest:
+            lowest = min(lowest, 0.0)
+        room = 0.02 * (highest - lowest)
+        highest = min(highest + room, 1.0) if percent and highest <= 1 else highest + room
+        self.ticks = ticks(lowest, highest, 5)
 
     def _at(self, value: float) -> str:
         # Half a dot of room at both ends.
         share = (value - self.ticks[0]) / (self.ticks[-1] - self.ticks[0])
         return f"{2 + 96 * min(max(share, 0.0), 1.0):.2f}%"
 
-    def row(self, interval: Interval, words: str) -> Markup:
-        """One row: 28 px high, as wide as its place."""
+    def row(self, intervals: Sequence[Interval], words: str) -> Markup:
+        """One row, 28 px high and as wide as its place; the last of `intervals` lies on top."""
         grid = "".join(f'<line class="grid" x1="{self._at(t)}" x2="{self._at(t)}" y1="0" y2="28"/>' for t in self.ticks)
         if self.chance is not None:
             at = self._at(self.chance)
             grid += f'<line class="reference" x1="{at}" x2="{at}" y1="0" y2="28"/>'
-        low, value, high = self._at(interval.low), self._at(interval.value), self._at(interval.high)
         return Markup(  # positions are ours and the words are escaped
-            f'<svg class="dots {escape(interval.kind)}" width="100%" height="28" role="img" '
-            f'aria-label="{escape(words)}"><title>{escape(words)}</title>{grid}'
+            f'<svg class="dots" width="100%" height="28" role="img" aria-label="{escape(words)}">'
+            f"<title>{escape(words)}</title>{grid}{''.join(map(self._dot, intervals))}</svg>"
+        )
+
+    def _dot(self, interval: Interval) -> str:
+        low, value, high = self._at(interval.low), self._at(interval.value), self._at(interval.high)
+        whisker = (
             f'<line class="whisker" x1="{low}" x2="{high}" y1="14" y2="14"/>'
             f'<line class="whisker" x1="{low}" x2="{low}" y1="9" y2="19"/>'
             f'<line class="whisker" x1="{high}" x2="{high}" y1="9" y2="19"/>'
-            f'<circle cx="{value}" cy="14" r="5"/></svg>'
         )
+        sure = whisker if interval.low < interval.high else ""
+        return f'<g class="{escape(interval.kind)}">{sure}<circle cx="{value}" cy="14" r="5"/></g>'
 
-    def axis(self, *, percent: bool) -> Markup:
+    def axis(self) -> Markup:
         """The ticks' numbers, below the last row."""
-        scale = 100 if percent else 1
+        scale = 100 if self.percent else 1
         texts = "".join(
             f'<text class="tick" x="{self._at(t)}" y="12" text-anchor="middle">{number(t * scale)}</text>'
             for t in self.ticks

@@ -5,6 +5,27 @@ import json
 from pathlib import Path
 
 
+class Keys(argparse.Action):
+    """Shows the numbers of a protocol and its digest, as changed by any key=value, and ends; as --help, it asks for
+    nothing else."""
+
+    def __init__(self, option_strings, dest, protocol: str) -> None:
+        about = "show the numbers and the digest, and stop; no WEIGHTS needed"
+        super().__init__(option_strings, dest, nargs="*", metavar="key=value", help=about)
+        self.protocol = protocol
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        from eval_probes.protocol import find
+        from selfsight.errors import UserError
+
+        try:
+            protocol = find(self.protocol).override([*(namespace.overrides or []), *values])
+        except UserError as e:
+            parser.error(str(e))
+        print(json.dumps({**protocol.numbers(), "digest": protocol.digest}, indent=1))
+        parser.exit()
+
+
 def add(subparsers) -> None:
     from eval_probes.protocol import MODULES
 
@@ -14,7 +35,7 @@ def add(subparsers) -> None:
         description="Measures frozen weights by a named protocol. key=value changes one of its numbers, and with it "
         "its digest; --keys shows them.",
     )
-    verbs = probes.add_subparsers(metavar="PROTOCOL", required=True)
+    verbs = probes.add_subparsers(title="protocols, and what runs several of them", metavar="PROTOCOL", required=True)
     for name, (_, about) in MODULES.items():
         parser = verbs.add_parser(name, help=about)
         parser.add_argument("weights", metavar="WEIGHTS", help="export folder, run (its newest export), or: pixels")
@@ -23,7 +44,7 @@ def add(subparsers) -> None:
         computing(parser)
         parser.add_argument("--results", metavar="FILE", help="results store to append to; a run's own is always used")
         parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-        parser.add_argument("--keys", action="store_true", help="show the protocol's numbers and its digest, and stop")
+        parser.add_argument("--keys", action=Keys, protocol=name)
         parser.set_defaults(run=run, protocol=name)
 
     _add_suite(verbs)
@@ -89,9 +110,6 @@ def run(args: argparse.Namespace) -> int:
     from selfsight.weights.run import run_of
 
     protocol = find(args.protocol).override(args.overrides)
-    if args.keys:
-        print(json.dumps({**protocol.numbers(), "digest": protocol.digest}, indent=1))
-        return 0
     scores = Bench.open(args.weights, args.train, args.test, how(args)).run([protocol])
     tell(scores, as_json=args.json)
     stores = [Path(args.results)] if args.results else []

@@ -80,9 +80,9 @@ def test_reference_far_from_the_curve_is_left_out():
 
 
 def test_dots_lie_where_their_values_are():
-    plot = DotPlot([Interval(0.4, 0.5, 0.6, "trained")], chance=0.1, limit=1.0)
-    row = parsed(plot.row(Interval(0.4, 0.5, 0.6, "trained"), "half & half"))
+    plot = DotPlot([Interval(0.4, 0.5, 0.6, "trained")], chance=0.1)
+    row = parsed(plot.row([Interval(0.4, 0.5, 0.6, "trained")], "half & half"))
     (dot,) = row.iter("circle")
     low, high = plot.ticks[0], plot.ticks[-1]
     assert float(dot.get("cx", "").rstrip("%")) == pytest.approx(2 + 96 * (0.5 - low) / (high - low), abs=0.01)
-    assert [t.text for t in parsed(plot.axis(percent=True)).iter("text")] == [number(100 * t) for t in plot.ticks]
+    assert [t.text for t in parsed(plot.axis()).iter("text")] == [number(100 * t) for t in plot.ticks]
