@@ -20,6 +20,7 @@ from eval_probes.results import Score
 OTHERS = {"untrained": "untrained", "pixels": "raw pixels"}
 TITLES = {"knn": "k-nearest neighbours", "linear": "Linear probe", "ridge": "Ridge regression"}
 CURVE = 3  # checkpoints that make one
+FOREIGN = 1 << 62  # the place of weights that are not of the run
 
 
 @dataclass(frozen=True)
@@ -75,16 +76,14 @@ def score_curves(run: RunFolder, groups: Sequence[Group]) -> list[Curve]:
 def _group(run: RunFolder, group: Group, chance: float | None) -> ScoreGroup:
     chance = chance if group.headline == "top1" else None
     labels = _labels(run, group)
-    named = [(*labels[r.score.weights_digest], r.score) for r in group.metrics[group.headline]]
-    named = sorted((row for row in named if row[0] is not None), key=lambda row: row[0])
-    plot = DotPlot([_interval(s, kind) for _, _, kind, s in named], chance=chance, percent=named[0][-1].unit == "%")
+    found = {r.score.weights_digest: r.score for r in group.metrics[group.headline]}
+    named = [(label, kind, found[digest]) for digest, (label, kind) in labels.items() if digest in found]
+    plot = DotPlot([_interval(s, kind) for _, kind, s in named], chance=chance, percent=named[0][-1].unit == "%")
     rows = []
-    for _, label, kind, s in named:
+    for label, kind, s in named:
         value, span = _number(s, s.value), _span(s)
         words = f"{label}: {value} {s.unit}{', 95 % interval ' * bool(span)}{span}, n = {s.n}"
         rows.append(ScoreRow(label, kind, value, span, count(s.n), plot.row([_interval(s, kind)], words)))
-    columns = [(digest, place) for digest, place in labels.items() if place[0] is not None]
-    columns.sort(key=lambda column: column[1][0])
     return ScoreGroup(
         title=_title(group, group.headline),
         note=_note(named[-1][-1]),
@@ -92,12 +91,12 @@ def _group(run: RunFolder, group: Group, chance: float | None) -> ScoreGroup:
         chance="" if chance is None else percent(chance),
         rows=rows,
         axis=plot.axis(),
-        columns=[(kind, label) for _, (_, label, kind) in columns],
-        fold=_fold(group, columns),
+        columns=[(kind, label) for label, kind in labels.values()],
+        fold=_fold(group, labels),
     )
 
 
-def _fold(group: Group, columns: list) -> list[FoldRow]:
+def _fold(group: Group, labels: dict[str, tuple[str, str]]) -> list[FoldRow]:
     """A row for each further metric: proportions first, on one axis; every other one on its own."""
     rest = [group.metrics[metric] for metric in list(group.metrics)[1:]]
     rest.sort(key=lambda readings: readings[0].score.unit != "%")
@@ -106,7 +105,7 @@ def _fold(group: Group, columns: list) -> list[FoldRow]:
     rows = []
     for i, readings in enumerate(rest):
         found = {r.score.weights_digest: r.score for r in readings}
-        shown = [(found[digest], label, kind) for digest, (_, label, kind) in columns if digest in found]
+        shown = [(found[digest], label, kind) for digest, (label, kind) in labels.items() if digest in found]
         if not shown:
             continue
         is_share, unit = readings[0].score.unit == "%", readings[0].score.unit
@@ -118,21 +117,22 @@ def _fold(group: Group, columns: list) -> list[FoldRow]:
                 f"{name}, {unit}" if unit else name,
                 plot.row([_interval(s, kind) for s, _, kind in shown], f"{name}: {words}"),
                 plot.axis() if not is_share or i == last else None,
-                [_number(found[digest], found[digest].value) if digest in found else "" for digest, _ in columns],
+                [_number(found[digest], found[digest].value) if digest in found else "" for digest in labels],
             )
         )
     return rows
 
 
-def _labels(run: RunFolder, group: Group) -> dict[str, tuple[int | None, str, str]]:
-    """Weights' digest → (place, label, kind); the place is None for a checkpoint that the curve shows already."""
+def _labels(run: RunFolder, group: Group) -> dict[str, tuple[str, str]]:
+    """Weights' digest → (label, kind), in the order of the page, without the checkpoints that a curve shows already."""
     found = {r.score.weights_digest: which(run, r.score) for rs in group.metrics.values() for r in rs}
-    foreign = [label for _, label, kind in found.values() if kind == "step" and "/" in label]
-    short = short_names(foreign)
+    foreign = short_names([label for place, label, _ in found.values() if place == FOREIGN])
+    newest = max((place for place, *_ in found.values() if place != FOREIGN), default=FOREIGN)
     curved = _has_curve(run, group)
     return {
-        digest: (None if curved and kind == "step" and label not in short else place, short.get(label, label), kind)
-        for digest, (place, label, kind) in found.items()
+        digest: (foreign.get(label, label), kind)
+        for digest, (place, label, kind) in sorted(found.items(), key=lambda item: item[1][0])
+        if not (curved and kind == "step" and place not in (newest, FOREIGN))
     }
 
 
@@ -225,7 +225,7 @@ def which(run: RunFolder, score: Score) -> tuple[int, str, str]:
     steps = {export.digest: step for step, export in run.exports.items()}
     step = steps.get(score.weights_digest)
     if step is None:
-        return 1 << 62, str(score.weights), "step"
+        return FOREIGN, str(score.weights), "step"
     if step == 0:
         return 0, "Untrained encoder", "untrained"
     if step == run.last_step:

@@ -19,7 +19,7 @@ class Keys(argparse.Action):
         from selfsight.errors import UserError
 
         try:
-            protocol = find(self.protocol).override([*(namespace.overrides or []), *values])
+            protocol = find(self.protocol).override([*(namespace.overrides or []), *(values or [])])
         except UserError as e:
             parser.error(str(e))
         print(json.dumps({**protocol.numbers(), "digest": protocol.digest}, indent=1))

@@ -14,7 +14,8 @@ from PIL import Image
 from eval_probes.bench import Bench
 from eval_probes.protocol import find
 from eval_probes.report import build_report
-from eval_probes.results import ResultsStore
+from eval_probes.results import ResultsStore, figure, score_of
+from eval_probes.subject import Subject
 from launch.cli import main
 from selfsight import corpus, encoders
 from selfsight.errors import UserError
@@ -238,3 +239,48 @@ def test_only_scores_of_one_measurement_are_compared(home):
     page = Page(build_report(run, out=home / "compared.html").read_text(encoding="utf-8"))
     words = "On the trained encoder, k-NN recognises 90.0 % of 500 held-out images (untrained 50.0 %). "
     assert words + "The intervals are apart." in page.words.replace("\xa0", " ")
+
+
+def test_every_protocol_is_shown_and_many_figures_are_folded(home):
+    run = make_run(home, "many", "train")
+    for step in (10, 20):
+        torch.manual_seed(step)
+        export_encoder(encoders.build(CONFIG), CONFIG, run / "exports" / f"step_{step:08d}", meta={"step": step})
+    store = ResultsStore(run / "results.sqlite")
+    on = {"train": "one", "test": "two"}
+    for step in (0, 10, 20, 40):
+        subject = Subject.open(run / "exports" / f"step_{step:08d}")
+        items = np.linspace(2, 6, 50) - step / 40
+        store.add(
+            score_of("error", items, find("ridge"), subject, **on, unit="px", better="lower"),
+            *(figure(f"level-{i}", i / 100, 50, find("ridge"), subject, **on, unit="%") for i in range(30)),
+            figure("rankme", 20.0 + step, 50, find("label-free"), subject, train=None, test="two"),
+        )
+    text = build_report(run, out=home / "many.html").read_text(encoding="utf-8")
+    page = Page(text)
+    for words in (
+        "Ridge regression: error",
+        "label-free: rankme",
+        "30 more figures",
+        "level-29, %",
+        "Over the checkpoints",
+    ):
+        assert words in page.words
+    assert "After step" not in page.words  # the curve shows them
+    (curve,) = re.findall(r'<svg[^>]*aria-label="Ridge regression: error.*?</svg>', text)
+    assert (curve.count("<circle"), curve.count('class="band"')) == (4, 1)
+    assert "step 40: 3 px" in curve
+
+
+def test_checkpoints_are_shown_before_the_last_one_is_measured(home):
+    run = make_run(home, "half", "train")
+    store = ResultsStore(run / "results.sqlite")
+    for step in (1, 2, 3):
+        torch.manual_seed(step)
+        export = export_encoder(
+            encoders.build(CONFIG), CONFIG, run / "exports" / f"step_{step:08d}", meta={"step": step}
+        )
+        store.add(figure("rankme", step, 9, find("label-free"), Subject.open(export), train=None, test="two"))
+    words = Page(build_report(run, out=home / "half.html").read_text(encoding="utf-8")).words
+    assert "After step 3" in words
+    assert "After step 2" not in words
