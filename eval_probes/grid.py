@@ -27,6 +27,10 @@ class Heads:
         """X (N, D) → (H, N, C)."""
         return torch.einsum("nd,hdc->hnc", X, self.weight) + self.bias[:, None]
 
+    def each(self) -> "list[Heads]":
+        """Every head by itself."""
+        return [Heads(*pair) for pair in zip(self.weight.split(1), self.bias.split(1), strict=True)]
+
 
 def right_ones(heads: Heads, X: Tensor, y: Tensor, top: int = 1) -> Tensor:
     """bool (H, N): whether y is among each head's `top` best; a head that diverged has none right."""

@@ -29,6 +29,8 @@ MODULES = {
     "linear": ("eval_probes.linear", "linear probe, learning rate chosen on held-out training images"),
     "linear-grid": ("eval_probes.linear", "the same over DINOv2's four choices of tokens as well"),
     "ridge": ("eval_probes.ridge", "ridge regression in closed form, λ chosen on held-out training images"),
+    "logistic": ("eval_probes.logistic", "logistic regression, C chosen on held-out training images, with calibration"),
+    "dinov2-logreg": ("eval_probes.logistic", "DINOv2's logistic regression: 45 values of C in double precision"),
     "label-free": ("eval_probes.labelfree", "RankMe, α-ReQ, uniformity and spread of the test images' features"),
     "dino-linear": ("eval_probes.linear_crops", "DINO's linear probe of ViT-S on random crops, 100 epochs"),
     "dino-linear-base": ("eval_probes.linear_crops", "DINO's of ViT-B: class token and mean patch token"),

@@ -102,7 +102,7 @@ def test_suites_are_read_strictly(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("- {protocol: linear, lrs: [0.1, 1e-3], tokens: cls+avg}\n")
     (mine,) = suite.load(str(path))
-    assert (mine.lrs, mine.tokens) == ((0.1, 0.001), "cls+avg")
+    assert (mine.lrs, mine.tokens) == ((0.1, 0.001), ("cls+avg",))
     for text, message in (
         ("knn", "should be a list"),
         ("- {k: 3}", "should be a protocol's name"),
