@@ -28,6 +28,7 @@ class Bench:
     train: Corpus | None = None
     test: Corpus | None = None
     how: How = field(default_factory=How)
+    pictures: Path | None = None  # a folder for pictures of what was measured, by protocols that draw some
 
     @classmethod
     def open(

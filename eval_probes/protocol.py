@@ -32,6 +32,7 @@ MODULES = {
     "logistic": ("eval_probes.logistic", "logistic regression, C chosen on held-out training images, with calibration"),
     "dinov2-logreg": ("eval_probes.logistic", "DINOv2's logistic regression: 45 values of C in double precision"),
     "label-free": ("eval_probes.labelfree", "RankMe, α-ReQ, uniformity and spread of the test images' features"),
+    "homography": ("eval_probes.geometry.homography", "patches found again in the test images, warped"),
     "dino-linear": ("eval_probes.linear_crops", "DINO's linear probe of ViT-S on random crops, 100 epochs"),
     "dino-linear-base": ("eval_probes.linear_crops", "DINO's of ViT-B: class token and mean patch token"),
     "dinov2-linear": ("eval_probes.linear_crops", "DINOv2's linear probe on random crops: best of 52 heads"),

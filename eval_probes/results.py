@@ -22,6 +22,7 @@ from selfsight.errors import UserError
 
 SCHEMA = 2
 WAIT = 60.0  # seconds a writer waits for others
+BOUNDS = ("chance", "oracle")  # in a score's details: what guessing gives, and what nothing can surpass
 BITS, FLOATS = b"b", b"f"  # how the items of a score are packed
 
 
@@ -50,11 +51,13 @@ class Score:
         return {k: v for k, v in asdict(self).items() if k != "items"}
 
     def said(self, digits: int = 2) -> str:
-        """The value in its unit with its interval and n: 45.50 % (95 % interval 43.34–47.67, n=2000)."""
+        """The value in its unit with its interval and n: 45.50 % (95 % interval 43.34–47.67, n=2000); and what chance
+        would give and the best there can be, where a protocol knows."""
         value, low, high = (None if x is None else self.number(x, digits) for x in (self.value, self.low, self.high))
         unit = f" {self.unit}" if self.unit else ""
         sure = f"95 % interval {low}–{high}, " if low is not None else ""
-        return f"{value}{unit} ({sure}n={self.n})"
+        bounds = [f"{who} {self.number(self.details[who], digits)}" for who in BOUNDS if who in self.details]
+        return f"{value}{unit} ({sure}n={self.n}){''.join(f', {bound}' for bound in bounds)}"
 
     def number(self, x: float, digits: int = 2) -> str:
         """`x`, a value of this score, without its unit: proportions as per cent."""

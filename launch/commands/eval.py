@@ -43,6 +43,7 @@ def add(subparsers) -> None:
         corpora(parser)
         computing(parser)
         parser.add_argument("--results", metavar="FILE", help="results store to append to; a run's own is always used")
+        parser.add_argument("--pictures", metavar="DIR", type=Path, help="save pictures of what is found (geometry)")
         parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
         parser.add_argument("--keys", action=Keys, protocol=name)
         parser.set_defaults(run=run, protocol=name)
@@ -110,7 +111,11 @@ def run(args: argparse.Namespace) -> int:
     from selfsight.weights.run import run_of
 
     protocol = find(args.protocol).override(args.overrides)
-    scores = Bench.open(args.weights, args.train, args.test, how(args)).run([protocol])
+    bench = Bench.open(args.weights, args.train, args.test, how(args))
+    if args.pictures is not None:
+        args.pictures.mkdir(parents=True, exist_ok=True)
+        bench.pictures = args.pictures
+    scores = bench.run([protocol])
     tell(scores, as_json=args.json)
     stores = [Path(args.results)] if args.results else []
     if owner := run_of(Path(args.weights)):
