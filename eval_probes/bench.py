@@ -10,6 +10,7 @@ import torch
 
 from eval_probes.extraction import How, extract
 from eval_probes.features import Features, check_corpora
+from eval_probes.geometry.scenes import Scene
 from eval_probes.pooling import Pooling
 from eval_probes.protocol import FeatureProtocol, Protocol
 from eval_probes.results import Score
@@ -28,6 +29,7 @@ class Bench:
     train: Corpus | None = None
     test: Corpus | None = None
     how: How = field(default_factory=How)
+    scene: Scene | None = None  # views, for protocols of more than one
     pictures: Path | None = None  # a folder for pictures of what was measured, by protocols that draw some
 
     @classmethod
@@ -78,6 +80,11 @@ class Bench:
         if corpus is None:
             raise UserError(f"this protocol needs a {which} corpus: give --{which} DIR")
         return corpus
+
+    def need_scene(self) -> Scene:
+        if self.scene is None:
+            raise UserError("this protocol needs views of a scene: give --scene DIR, a folder of images")
+        return self.scene
 
     def run(self, protocols: Iterable[Protocol]) -> list[Score]:
         """All scores of the protocols, in their order, from as few passes over the images as they allow."""

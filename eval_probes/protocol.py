@@ -33,6 +33,7 @@ MODULES = {
     "dinov2-logreg": ("eval_probes.logistic", "DINOv2's logistic regression: 45 values of C in double precision"),
     "label-free": ("eval_probes.labelfree", "RankMe, α-ReQ, uniformity and spread of the test images' features"),
     "homography": ("eval_probes.geometry.homography", "patches found again in the test images, warped"),
+    "epipolar": ("eval_probes.geometry.epipolar", "mutual matches of patches between views of a scene"),
     "dino-linear": ("eval_probes.linear_crops", "DINO's linear probe of ViT-S on random crops, 100 epochs"),
     "dino-linear-base": ("eval_probes.linear_crops", "DINO's of ViT-B: class token and mean patch token"),
     "dinov2-linear": ("eval_probes.linear_crops", "DINOv2's linear probe on random crops: best of 52 heads"),
@@ -48,7 +49,7 @@ class Protocol(ABC):
 
     kind: ClassVar[str]  # what is computed: knn, linear, …
     version: ClassVar[int] = 1
-    needs: ClassVar[tuple[str, ...]] = ("train", "test")  # of the bench's corpora
+    needs: ClassVar[tuple[str, ...]] = ("train", "test")  # of the bench: train, test, scene
     name: str = ""  # of the preset it is, or was made from; else the kind
 
     def __post_init__(self) -> None:

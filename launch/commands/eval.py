@@ -43,6 +43,7 @@ def add(subparsers) -> None:
         corpora(parser)
         computing(parser)
         parser.add_argument("--results", metavar="FILE", help="results store to append to; a run's own is always used")
+        parser.add_argument("--scene", metavar="DIR", help="folder of views (epipolar)")
         parser.add_argument("--pictures", metavar="DIR", type=Path, help="save pictures of what is found (geometry)")
         parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
         parser.add_argument("--keys", action=Keys, protocol=name)
@@ -107,11 +108,13 @@ def how(args: argparse.Namespace):
 
 def run(args: argparse.Namespace) -> int:
     from eval_probes.bench import Bench
+    from eval_probes.geometry.scenes import Scene
     from eval_probes.protocol import find
     from selfsight.weights.run import run_of
 
     protocol = find(args.protocol).override(args.overrides)
     bench = Bench.open(args.weights, args.train, args.test, how(args))
+    bench.scene = Scene.open(args.scene) if args.scene else None
     if args.pictures is not None:
         args.pictures.mkdir(parents=True, exist_ok=True)
         bench.pictures = args.pictures
