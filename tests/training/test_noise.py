@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from selfsight.objectives import Objective, Outcome, Progress
 from selfsight.recipe import OptimizerConfig, Recipe
@@ -64,6 +65,18 @@ def test_it_is_that_of_the_gradients(scale, accumulation):
     assert sum(spreads) / 300 == pytest.approx(scale * squared, rel=0.05)
     assert sum(spreads) / sum(signals) == pytest.approx(scale, rel=0.05 if scale < 100 else 0.1)
     assert math.isnan(engine.step(batches, Progress(299, 300, 300)).grad_noise)  # nobody asked
+
+
+def test_blocks_are_compiled_for_the_whole_batch_alone():
+    graphs, objective = CompileCounter(), Linear()
+    objective.forward = torch.compile(objective.forward, backend=graphs)
+    batch, progress = {"draws": torch.randn(BATCH, WIDTH)}, Progress(0, 1, 1)
+    part, few = noise.part_of(batch)
+    assert few == BATCH // 8
+    assert len(noise.squares_of(objective, [objective.w], part, progress)) == 1
+    assert graphs.frame_count == 0
+    objective(batch, progress).loss.backward()
+    assert graphs.frame_count > 0
 
 
 def test_steps_that_tell_nothing_are_passed_over():

@@ -52,7 +52,9 @@ def squares_of(
     """Squared norms of the gradients of a batch that is not trained on. Leaves no trace: gradients, statistics and
     generators are as they were."""
     device = parameters[0].device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    # Blocks compiled for two sizes of batch would be compiled for any, and slower for the one that counts.
+    eagerly = torch.compiler.set_stance("force_eager")
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), eagerly:
         loss = objective(batch, progress).loss
     objective.discard_step()
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
