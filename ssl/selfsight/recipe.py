@@ -100,7 +100,7 @@ class TrainingConfig:
     checkpoint_every: int = 1000  # steps
     keep: int = 2  # the newest checkpoints are kept; exports always are
     keep_every: int | None = None  # steps; checkpoints at its multiples are kept for ever
-    keep_best: str | None = None  # "max knn", "min loss": the one whose number in the log is best is kept, too
+    keep_best: str | None = None  # "max probe/knn", "min loss": the best by a number of the log is kept, too
     patience: int = 10  # steps in a row that may be refused, as not finite, before training returns to a checkpoint
     returns: int = 3  # to the same checkpoint, before the run ends; 0 ends it at once
     return_on_spike: bool = False  # also when the loss stays far above what it was, which always raises an alarm

@@ -9,11 +9,12 @@ import yaml
 
 from selfsight.shards import Corpus
 from selfsight.stream.mixture import Mixture, Part
+from selfsight.training import loop, monitor
 from selfsight.training.engine import Engine
 from selfsight.training.interrupts import Interrupts
 from selfsight.weights.run import checkpoints
 
-# An objective of one's own, whose loss is NaN for some images.
+# An objective of one's own, whose loss is NaN for some images, or so many times what it would be.
 POISONED = """
 from dataclasses import dataclass, field
 import torch
@@ -22,6 +23,7 @@ from selfsight.objectives.mae import MAE, MAEConfig
 @dataclass
 class PoisonedConfig(MAEConfig):
     poison: list[int] = field(default_factory=list)
+    factor: float = 0.0  # 0 is a NaN
 
 class Poisoned(MAE):
     Config = PoisonedConfig
@@ -29,7 +31,7 @@ class Poisoned(MAE):
     def forward(self, batch, progress):
         outcome = super().forward(batch, progress)
         if set(self.config.poison) & set(batch["ordinal"].tolist()):
-            return outcome._replace(loss=outcome.loss * torch.nan)
+            return outcome._replace(loss=outcome.loss * (self.config.factor or torch.nan))
         return outcome
 """
 STEPS, BATCH = 9, 4  # of the 12 batches of an epoch
@@ -151,6 +153,29 @@ def test_nothing_good_yet_returns_to_the_beginning_and_too_often_ends_the_run(po
         "training ended at step 5: 2 steps in a row were not finite, after 1 returns to step 3; try a smaller" in said
     )
     assert selfsight(poisoned("hopeless", range(4, 13), "training.returns=1")) == 1  # from step 3, as before
+
+
+def test_a_loss_that_leaves_its_band_is_returned_from_if_the_recipe_says_so(
+    poisoned, selfsight, read, tmp_path, capsys, monkeypatch
+):
+    """As from steps that were refused, and with the same bits: what the steps did since is undone."""
+    monkeypatch.setattr(monitor, "WINDOW", 4)
+    for module in (monitor, loop):
+        monkeypatch.setattr(module, "PATIENCE", 2)
+    high = [*poisoned("high", [7, 8]), "objective.factor=100"]
+    assert selfsight([*high, "training.return_on_spike=true"]) == 0
+    news = (
+        "step 8: the loss stays far above what it was; training returns to step 6 and goes on past the batches 7 to 8 "
+        "of the stream"
+    )
+    assert f"ALARM {news}" in capsys.readouterr().err
+    assert (7, news) in [(line["step"], line.get("event")) for line in lines(tmp_path / "high")]
+    assert list(checkpoints(tmp_path / "high")) == [6, 9]
+    assert not (tmp_path / "high" / "refused.jsonl").exists()
+    assert selfsight(poisoned("nan", [7, 8])) == 0
+    (records, weights), (records_nan, weights_nan) = read(tmp_path / "high"), read(tmp_path / "nan")
+    assert records == records_nan
+    assert all(torch.equal(weights_nan[name], w) for name, w in weights.items())
 
 
 TWO = """

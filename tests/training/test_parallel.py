@@ -143,6 +143,24 @@ def test_a_run_goes_on_with_other_processes_and_another_stage(selfsight, command
     assert_same_training(read(tmp_path / "one"), read(tmp_path / "parts"), 12)
 
 
+@pytest.mark.parametrize(("name", "rate", "states"), [("lars", 10.0, ["momentum"]), ("lamb", 0.1, ["exp_avg", "step"])])
+def test_layer_wise_optimisers_go_on_as_well(selfsight, command, warm, read, tmp_path, name, rate, states):
+    """1 process without ZeRO, 2 with stage 3, 1 with stage 1, for two steps each, against one without a stop."""
+    keys = [PLAIN, "training.keep=9", "epochs=1", "optimizer.warmup_epochs=0"]
+    keys += [f"optimizer.name={name}", f"optimizer.base_lr={rate}"]
+    for ranks, zero, stop in ((1, 0, 2), (2, 3, 2), (1, 1, None)):
+        arguments = [command("parts", *keys, f"training.zero={zero}"), stop, str(tmp_path / "again")]
+        before = checkpoint.newest(tmp_path / "parts")
+        answer = warm("test_parallel:part", arguments, ranks=ranks)
+        assert answer["codes"] == [85 if stop else 0] * ranks, answer["err"][0]
+        if before:
+            taken_up, again = whole(before), whole(tmp_path / "again" / "checkpoints" / before.name)
+            assert {f"{state}/student.vit.blocks.0.mlp.fc1.weight" for state in states} <= taken_up.keys()
+            torch.testing.assert_close(again, taken_up, rtol=0, atol=0)
+    assert selfsight(command("one", *keys)) == 0
+    assert_same_training(read(tmp_path / "one"), read(tmp_path / "parts"), 6, lr=rate * 8 / 256)
+
+
 def test_cores_are_shared_out_among_those_that_share_them():
     """torchrun gives all ranks of a machine the same cores; srun, as a rule, gives each its own."""
     together = [(machine, list(range(96))) for machine in "ab" for _ in range(8)]

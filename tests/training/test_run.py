@@ -150,6 +150,8 @@ def test_a_signal_ends_the_run_with_a_checkpoint(command, spawn, tmp_path):
         (["epochs=0"], "give a positive number"),
         (["epochs=.inf"], "give a positive number"),
         (["stream.workers=-1"], "stream.workers is -1: give 0 or more"),
+        (["training.keep_best=max probe/knn"], "add probe.corpus=DIR"),
+        (["weights_sha256=0123"], "add weights=DIR"),
         (["stream.decode=gpu"], "stream.decode is 'gpu': choose cpu or device"),
         (["stream.decode=device", "stream.crops=cpu"], "set stream.crops=device"),
         (["seed=123456789012345678901234567890"], "seed is 123456789012345678901234567890"),
@@ -284,6 +286,12 @@ def test_a_kill_before_the_last_export_is_made_good(selfsight, command, tmp_path
     assert selfsight(command()) == 0
     after = {p.name: p.read_bytes() for p in last.iterdir()}
     assert after == before
+
+    # Its checkpoint is removed, as a damaged one would be: what it had been exported to is not that of the new one.
+    shutil.rmtree(tmp_path / "run/checkpoints/step_00000012")
+    (last / "model.safetensors").write_bytes(b"of other weights")
+    assert selfsight(command()) == 0
+    assert {p.name: p.read_bytes() for p in last.iterdir()} == before
 
 
 def test_weights_are_as_readable_as_the_umask_says(selfsight, command, tmp_path):

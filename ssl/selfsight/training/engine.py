@@ -31,10 +31,8 @@ class Step:
     weight_decay: float
     momentum: float  # of the teacher
     grad_norms: list[float]  # before clipping, per parameter group, over all ranks
-    grad_signal: (
-        float  # |G|² and tr(Σ) as far as one step tells them, before clipping; NaN where not asked for: `noise`
-    )
-    grad_noise: float
+    grad_signal: float  # |G|², as far as one step tells, before clipping; NaN where not asked for: `noise`
+    grad_noise: float  # tr(Σ), likewise
     losses: Tensor  # (accumulation,) of this rank's micro-batches, on the device
     metrics: dict[str, Tensor]  # of this rank, averaged over its micro-batches, on the device
     features: Tensor  # (B / ranks, D) of this rank, on the device

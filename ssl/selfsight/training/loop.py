@@ -117,7 +117,7 @@ class Loop:
                     self.save(done)
                     due = False
                 if shown:
-                    rate, memory = f"{self.meter.rate:,.0f}", f"{peak_memory(self.cluster.device):.1f} GiB"
+                    rate, memory = f"{self.meter.rate:,.0f}", f"{self.meter.memory:.1f} GiB"
                     shown.advance(loss=f"{result.loss:.4f}", **{"images/s": rate}, memory=memory)
                 if result.stop and done < self.total_steps:
                     kept = "its loss is out of bounds, so no" if refused or spiking else "a"
@@ -143,7 +143,7 @@ class Loop:
             metrics = dict(zip(result.metrics, mean.tolist(), strict=True))
         features = self.cluster.gather_rows(result.features.float())
         finite = bool(features.isfinite().all())
-        rate, waited = self.meter.read()
+        rate, waited = self.meter.read(self.cluster.device)
         return {
             "epoch": done / self.steps_per_epoch,
             "loss": result.loss,
@@ -155,7 +155,7 @@ class Loop:
             "grad_noise": result.grad_noise,
             "images_per_second": rate,
             "data_wait": waited,
-            "peak_memory": peak_memory(self.cluster.device),
+            "peak_memory": self.meter.memory,
             "feature_spread": feature_spread(features).item() if finite else float("nan"),
             "rankme": rankme(features).item() if finite else float("nan"),
             **metrics,
@@ -178,11 +178,12 @@ class Loop:
 
 
 class Meter:
-    """Images per second, and the share of the time that training waited for them, since the last reading."""
+    """Images per second, and the share of the time that training waited for them, since the last reading; and memory,
+    which is too dear to be asked for at every step."""
 
     def __init__(self) -> None:
         self.images, self._waited, self._since = 0, 0.0, time.monotonic()
-        self.rate = 0.0  # images per second at the last reading
+        self.rate, self.memory = 0.0, 0.0  # images per second and GiB at the last reading
 
     def waiting(self, batches: Iterator) -> Iterator:
         while True:
@@ -194,11 +195,12 @@ class Meter:
             self._waited += time.monotonic() - began
             yield batch
 
-    def read(self) -> tuple[float, float]:
+    def read(self, device: torch.device) -> tuple[float, float]:
         now = time.monotonic()
         elapsed = max(now - self._since, 1e-9)
         self.rate, waited = self.images / elapsed, self._waited / elapsed
         self.images, self._waited, self._since = 0, 0.0, now
+        self.memory = peak_memory(device)
         return self.rate, waited
 
 

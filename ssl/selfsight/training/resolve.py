@@ -73,8 +73,11 @@ def check(recipe: Recipe) -> None:
         raise UserError(f"stream.crops is {recipe.stream.crops!r}: choose cpu or device, or leave it null")
     if recipe.stream.decode not in ("cpu", "device"):
         raise UserError(f"stream.decode is {recipe.stream.decode!r}: choose cpu or device")
-    if (best := training.keep_best) is not None and not re.fullmatch(r"(min|max) \S+", best):
-        raise UserError(f"training.keep_best is {best!r}: say max or min and a number of the log, such as 'min loss'")
+    if (best := training.keep_best) is not None:
+        if not re.fullmatch(r"(min|max) \S+", best):
+            raise UserError(f"training.keep_best is {best!r}: say max or min and a number of the log, as 'min loss'")
+        if " probe/" in best and recipe.probe.corpus is None:
+            raise UserError(f"training.keep_best={best!r} wants probes: add probe.corpus=DIR")
     check_range("stream.max_damaged", recipe.stream.max_damaged, 0, 1)
     check_range("seed", recipe.seed, 0, 2**63 - 1)
 

@@ -5,6 +5,7 @@ and what it writes is what it would have written had it never stopped.
 """
 
 import copy
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
@@ -77,7 +78,7 @@ class _Run:
         newest = checkpoint.newest(self.path)
         self._take_up(newest)
         # A checkpoint has inherited already.
-        self.inherited = self._inherit(recipe.weights) if recipe.weights and not newest else None
+        self.inherited = None if newest else self._inherit()
 
     def _take_up(self, path: Path | None, position: int | None = None) -> None:
         """Goes on from the checkpoint at `path`, or from the beginning; the stream from where it was then, or from
@@ -124,9 +125,13 @@ class _Run:
         config = kind.Config(**{k: v for k, v in self.recipe.objective.items() if k != "name"})
         return kind(config, self.recipe.encoder, self.cluster.collective())
 
-    def _inherit(self, weights: str) -> str:
-        """Starts from the weights of an earlier run and notes their digest; a run that continues has its own."""
-        source = read_source(weights)
+    def _inherit(self) -> str | None:
+        """Starts from the weights that the recipe names, if it names any, and notes their digest."""
+        if self.recipe.weights is None:
+            if self.recipe.weights_sha256:
+                raise UserError("weights_sha256 says what this run starts from, and not where it is: add weights=DIR")
+            return None
+        source = read_source(self.recipe.weights)
         if self.recipe.weights_sha256 is None:
             self.recipe.set("weights_sha256", source.digest, f"sha256 of {source.path}")
         elif self.recipe.weights_sha256 != source.digest:
@@ -167,7 +172,7 @@ class _Run:
             self._announce()
         with (
             Interrupts() as interrupts,
-            Saver(self.path, engine, failed=interrupts.ask, published=self._export) as saver,
+            Saver(self.path, engine, failed=interrupts.ask, published=self._export_anew) as saver,
         ):
             trouble = self._train(engine, interrupts, saver)
             while trouble:
@@ -205,7 +210,7 @@ class _Run:
             loop.run(interrupts)
         except Trouble as trouble:
             saver.wait()
-            return trouble
+            return trouble.with_traceback(None)  # whose frames would keep the loader and its batches
         finally:
             if log:
                 log.close()
@@ -278,6 +283,11 @@ class _Run:
         """exports/step_…, from that step's checkpoint: the teacher if there is one, else the student."""
         if step not in exports(self.path):
             export_run(self.path, self._export_path(step), step=step)
+
+    def _export_anew(self, step: int) -> None:
+        """Of a checkpoint that is new. One that a user removed may have been exported, and had other weights."""
+        shutil.rmtree(self._export_path(step), ignore_errors=True)
+        self._export(step)
 
     def _export_path(self, step: int) -> Path:
         return self.path / "exports" / f"step_{step:08d}"
