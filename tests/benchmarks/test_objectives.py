@@ -25,12 +25,13 @@ def test_a_steps_flops_are_those_of_its_products(tmp_path):
     args, rows = recipe.encoder.args, 2 * recipe.batch_size  # crops of a step
     d, tokens, hidden, out = args["embed_dim"], 17, recipe.objective["hidden_dim"], recipe.objective["out_dim"]
     patches = 16 * 3 * args["patch_size"] ** 2 * d
-    block = tokens * 12 * d * d
-    attention = tokens * tokens * 2 * d
+    others = args["depth"] - 1  # blocks before the last, of which only the class token is wanted:
+    blocks = others * tokens * 12 * d * d + tokens * 3 * d * d + 9 * d * d  # all have queries, keys and values
+    attention = (others * tokens + 1) * tokens * 2 * d
     head = d * hidden + hidden * out
-    linear = 2 * patches + 3 * args["depth"] * block + 3 * head
+    linear = 2 * patches + 3 * blocks + 3 * head
     # The loss compares all crops with all, and attention's backward pass multiplies its scores out once more.
-    rest = 3 * rows * out + args["depth"] * 3.5 * attention
+    rest = 3 * rows * out + 3.5 * attention
     assert benchmark.step_flops(recipe) == pytest.approx(2 * rows * (linear + rest), rel=1e-3)
 
 
