@@ -5,7 +5,6 @@ back to the host every step. `fused_attention` says whether timm's blocks may us
 out the attention matrix as the papers' own models do. Everything else is a recipe's: sizes, widths, depths, batch.
 """
 
-import copy
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -42,9 +41,7 @@ def encoder(recipe: Any, **more: Any) -> nn.Module:
         img_size=c.img_size,
         num_classes=0,
         dynamic_img_size=True,
-        drop_path_rate=c.drop_path_rate,
-        **c.args,
-        **more,
+        **{"drop_path_rate": c.drop_path_rate, **c.args, **more},
     )
 
 
@@ -107,20 +104,30 @@ class DINOLoss(nn.Module):
         return total / terms
 
 
+class SelfDistillation(nn.Module):
+    def __init__(self, recipe: Any) -> None:
+        super().__init__()
+        config = _section(recipe)
+        backbones = encoder(recipe), encoder(recipe, drop_path_rate=0.0)
+        self.student, self.teacher = (MultiCrop(b, Head(int(b.num_features), config)) for b in backbones)
+        self.teacher.load_state_dict(self.student.state_dict())
+        self.teacher.requires_grad_(False)
+        self.loss_of = DINOLoss(config)
+
+    def forward(self, batch: Batch) -> Tensor:
+        crops = [*batch["global"].unbind(), *(batch["local"].unbind() if "local" in batch else ())]
+        return self.loss_of(self.student(crops), self.teacher(crops[:2]))
+
+
 def dino(recipe: Any, device: torch.device, precision: torch.dtype | None, mark: Mark) -> Step:
-    config = _section(recipe)
-    backbone = encoder(recipe)
-    student = MultiCrop(backbone, Head(int(backbone.num_features), config)).to(device)
-    teacher = copy.deepcopy(student)
-    teacher.requires_grad_(False)
-    loss_of = DINOLoss(config).to(device)
+    model = SelfDistillation(recipe).to(device)
+    student, teacher = model.student, model.teacher
     optimizer = _adamw(student, recipe)
-    momentum = config.momentum_teacher
+    momentum = _section(recipe).momentum_teacher
 
     def step(batch: Batch) -> float:
-        crops = [*batch["global"].unbind(), *(batch["local"].unbind() if "local" in batch else ())]
         with torch.autocast(device.type, precision, enabled=precision is not None):
-            loss = loss_of(student(crops), teacher(crops[:2]))
+            loss = model(batch)
         value = _finite(loss)
         optimizer.zero_grad()
         mark("forward")
@@ -157,15 +164,15 @@ class MaskedAutoencoder(nn.Module):
         self.decoder_blocks = nn.ModuleList(
             block(dim, c.decoder_num_heads, mlp_ratio=4.0, qkv_bias=True) for _ in range(c.decoder_depth)
         )
-        self.decoder_norm = nn.LayerNorm(dim)
+        self.decoder_norm = nn.LayerNorm(dim, eps=1e-6)
         self.decoder_pred = nn.Linear(dim, self.patch**2 * 3)
         self.vit.pos_embed.requires_grad_(False)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
+        images, noise = batch["crop"][0], batch["noise"]
         x = self.vit.patch_embed(images).flatten(1, 2) + self.vit.pos_embed[:, 1:]  # a grid, for any image size
         n, length, dim = x.shape
         keep = int(length * (1 - self.config.mask_ratio))
-        noise = torch.rand(n, length, device=x.device)
         shuffle = torch.argsort(noise, dim=1)
         restore = torch.argsort(shuffle, dim=1)
         x = torch.gather(x, 1, shuffle[:, :keep].unsqueeze(-1).repeat(1, 1, dim))
@@ -198,7 +205,7 @@ def mae(recipe: Any, device: torch.device, precision: torch.dtype | None, mark: 
 
     def step(batch: Batch) -> float:
         with torch.autocast(device.type, precision, enabled=precision is not None):
-            loss = model(batch["crop"][0])
+            loss = model(batch)
         value = _finite(loss)
         mark("forward")
         loss.backward()

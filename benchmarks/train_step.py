@@ -103,6 +103,9 @@ def contestants(args: argparse.Namespace) -> dict[str, Contestant]:
     every = [Contestant("ours", precision, how) for how in compiled for precision in args.precision]
     if _recipe(args).objective_name in PEERS:
         every += [Contestant(who, precision) for who in ("timm", REFERENCE) for precision in args.precision]
+    for name in args.only or ():
+        if not any(c.name.startswith(name) for c in every):
+            raise UserError(f"no contestant's name begins with {name!r}: there are {', '.join(c.name for c in every)}")
     wanted = tuple(args.only or ("",))
     return {c.name: c for c in every if c.name.startswith(wanted)}
 

@@ -1,4 +1,5 @@
-"""The benchmark of the training step on a tiny recipe: what it prints, and that its peers train. Nothing is timed."""
+"""The benchmark of the training step on a tiny recipe: what it prints, and that its peers compute what we compute and
+train. Nothing is timed."""
 
 import argparse
 import json
@@ -9,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from timm.layers.config import set_fused_attn
 
 from benchmarks import step_peers, train_step
 from benchmarks.harness import Absent, Sample
 from benchmarks.train_step import PARTS, Contestant
+from selfsight.objectives import Progress
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["batch_size=4", "encoder.img_size=32", "encoder.args={patch_size: 8, embed_dim: 48, depth: 2, num_heads: 3}"]
@@ -21,6 +24,13 @@ MAE = [
     *("mae/vit_tiny_patch4_cifar10", *TINY, "objective.decoder_embed_dim=32", "objective.decoder_depth=1"),
     "objective.decoder_num_heads=2",
 ]
+
+
+@pytest.fixture(autouse=True)
+def fused_again():
+    """The peers set it for the whole process."""
+    yield
+    set_fused_attn(True)
 
 
 def given(words: list[str]) -> argparse.Namespace:
@@ -60,6 +70,40 @@ def test_peers_train(words, fused):
     assert set(marks) <= set(PARTS)
     assert marks[: len(set(marks))] == [part for part in PARTS if part in marks]
     assert len(set(losses)) == len(losses)  # every step has moved the weights
+
+
+def as_dinos_peer(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The names of torch's weight norm and of the peer's modules for DINO's."""
+    names = {"center": "loss_of.center", "weight_g": "parametrizations.weight.original0"}
+    names |= {".vit.": ".backbone.", "_head.": ".head.", "weight_v": "parametrizations.weight.original1"}
+    found = {}
+    for name, value in state.items():
+        value = value[None] if name == "center" else value
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        found[name] = value
+    return found
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("words", [DINO, MAE], ids=["dino", "mae"])
+def test_peers_compute_the_same_loss(words, fused):
+    """Of the same weights, crops and masks. A ratio of speeds says nothing of two that compute different things."""
+    recipe = train_step._recipe(given([*words, "encoder.drop_path_rate=0"]))
+    torch.manual_seed(0)
+    ours, is_dino = train_step._objective(recipe), recipe.objective_name == "dino"
+    with torch.no_grad():
+        for name, x in ours.state_dict().items():  # nothing stays zero, and teachers are not their students
+            x += 0.1 * torch.randn_like(x)
+            if is_dino and "pos_embed" in name:  # timm resamples it in another way than DINO: one for all patches
+                x[:, 1:] = x[:, 1:2]
+    set_fused_attn(fused)
+    peer = (step_peers.SelfDistillation if is_dino else step_peers.MaskedAutoencoder)(recipe)
+    state = ours.state_dict()
+    peer.load_state_dict(as_dinos_peer(state) if is_dino else {k.removeprefix("student."): x for k, x in state.items()})
+    (batch,) = train_step.pixels(ours.views(), 4, 1, torch.device("cpu"))()
+    expected = ours(batch, Progress(*train_step.MIDDLE)).loss
+    torch.testing.assert_close(peer(batch), expected, atol=0, rtol=1e-5)
 
 
 def test_an_objective_without_a_peer_stands_alone():
