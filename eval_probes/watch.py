@@ -114,6 +114,8 @@ class Watcher:
             return False
         try:
             state = read_state(found[max(found)])
-        except UserError:  # removed meanwhile
-            return False
+        except UserError:
+            if not found[max(found)].exists():
+                return False  # removed meanwhile
+            raise  # else it would be waited for without end
         return state["step"] >= state["total_steps"] and state["step"] in exports(self.run)

@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 import torch
 
+from eval_probes.features import Collapsed
 from eval_probes.pooling import Pooling
 from eval_probes.readings import RESULTS, grouped, of_store
 from eval_probes.report import gallery, scores, sections
@@ -52,9 +53,13 @@ def _context(run: RunFolder, trained_on: Corpus | None, bank: Corpus | None, ask
     }
     why["maps"] = why["near"]
     device = "cuda" if torch.cuda.is_available() else None
-    near, maps, shown = None, None, asked or bank
+    near, maps, shown, alarms = None, None, asked or bank, sections.alarms(run)
     if encoders and bank is not None:
-        near = gallery.neighbours(encoders, bank, asked, pooling=_pooling(run, measured), device=device)
+        try:
+            near = gallery.neighbours(encoders, bank, asked, pooling=_pooling(run, measured), device=device)
+        except Collapsed as e:  # a finding, and no reason to lose the rest
+            why["near"] = "No pictures: to a collapsed encoder all images are neighbours."
+            alarms.append(("Collapsed:", f"{e}."))
     if encoders and shown is not None:
         maps = gallery.maps(encoders, shown, device=device)
     export = run.trained or run.untrained
@@ -66,7 +71,7 @@ def _context(run: RunFolder, trained_on: Corpus | None, bank: Corpus | None, ask
         "where": run.path.resolve(),
         "finding": scores.finding(run, measured),
         "facts": sections.facts(run, None if trained_on is None else trained_on.n, len(labels) if labels else None),
-        "alarms": sections.alarms(run),
+        "alarms": alarms,
         "groups": scores.score_groups(run, groups, _chance(asked)),
         "score_curves": scores.score_curves(run, groups),
         "curves": curves,

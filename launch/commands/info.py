@@ -75,7 +75,7 @@ def _weights(path: Path) -> dict[str, Any]:
 
 
 def _run(path: Path) -> dict[str, Any]:
-    from eval_probes.results import ResultsStore
+    from eval_probes.readings import RESULTS, grouped, of_store
     from selfsight.stream.quarantine import read_quarantine
     from selfsight.weights.run import checkpoints, exports, read_recipe
 
@@ -83,7 +83,8 @@ def _run(path: Path) -> dict[str, Any]:
     metrics = _last_metrics(path / "metrics.jsonl")
     steps = list(checkpoints(path))
     state = _state(checkpoints(path)[steps[-1]]) if steps else {}
-    scores = ResultsStore(path / "results.sqlite").rows()
+    readings = of_store(path / RESULTS)
+    groups = grouped(readings)
     return {
         "objective": recipe["objective"].get("name"),
         "encoder": recipe["encoder"].get("name"),
@@ -95,21 +96,25 @@ def _run(path: Path) -> dict[str, Any]:
         "quarantined": sum(1 for _ in read_quarantine(path / "quarantine")),
         "checkpoints": steps,
         "exports": list(exports(path)),
-        "scores": [
-            {
-                "protocol": s.protocol,
-                "metric": s.metric,
-                "value": s.value,
-                "low": s.low,
-                "high": s.high,
-                "n": s.n,
-                "unit": s.unit,
-                "step": s.details["weights"].get("step"),
-                "weights_digest": s.weights_digest,
-                "said": s.said(),
-            }
-            for s in scores
-        ],
+        "scores": [_score(reading) for reading in readings],
+        # What stands for each protocol, at the newest checkpoint that was measured.
+        "newest": [_score(max(g.metrics[g.headline], key=lambda r: -1 if r.step is None else r.step)) for g in groups],
+    }
+
+
+def _score(reading) -> dict[str, Any]:
+    s = reading.score
+    return {
+        "protocol": s.protocol,
+        "metric": s.metric,
+        "value": s.value,
+        "low": s.low,
+        "high": s.high,
+        "n": s.n,
+        "unit": s.unit,
+        "step": reading.step,
+        "weights_digest": s.weights_digest,
+        "said": s.said(),
     }
 
 
@@ -192,5 +197,7 @@ def _run_text(found: dict[str, Any]) -> str:
     def at(step: int | None) -> str:
         return "" if step is None else f" at step {step}"
 
-    scores = [f"  {s['protocol']} {s['metric']}{at(s['step'])}: {s['said']}" for s in found["scores"]]
-    return "\n".join([_table(f"{found['path']}: a run", rows), *scores])
+    scores = [f"  {s['protocol']} {s['metric']}{at(s['step'])}: {s['said']}" for s in found["newest"]]
+    more = len(found["scores"]) - len(scores)
+    further = [f"  and {more} more: selfsight results {found['path']}"] if more else []
+    return "\n".join([_table(f"{found['path']}: a run", rows), *scores, *further])

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from selfsight.errors import UserError
 from selfsight.recipe import EncoderConfig
 from selfsight.shards.corpus import Corpus
 from selfsight.weights import export_encoder
+from selfsight.weights.run import STATE_SCHEMA
 
 TINY = EncoderConfig("vit_tiny_patch16_224", 32, args={"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3})
 
@@ -46,7 +48,7 @@ def place(tmp_path_factory) -> Path:
     (run / "recipe.yaml").write_text("encoder: {name: vit_tiny_patch16_224}\nobjective: {name: mae}\n")
     last = run / "checkpoints" / "step_00000008"
     last.mkdir(parents=True)
-    (last / "state.json").write_text(json.dumps({"schema": 1, "step": 8, "total_steps": 8}))
+    (last / "state.json").write_text(json.dumps({"schema": STATE_SCHEMA, "step": 8, "total_steps": 8}))
     (last / "COMPLETE").touch()
     return root
 
@@ -149,6 +151,33 @@ def test_watchers_share_the_checkpoints(place, run):
         assert watcher.exitcode == 0
     assert found == [(step, name, "") for step in (0, 4, 8) for name in ("knn", "label-free")]
     assert len(ResultsStore(run / "results.sqlite").rows()) == 3 * 5, "once each"
+
+
+def watch_and_hang(place: Path, run: Path, seen) -> None:
+    """A watcher that hangs in the second thing it measures."""
+    label_free = type(suite.find("label-free"))
+    label_free.run = lambda *_: seen.put("hangs") or time.sleep(600)
+    watch(place, run, seen)
+
+
+def test_a_watcher_that_is_killed_leaves_its_work_to_the_next(place, run):
+    context = multiprocessing.get_context("spawn")
+    seen = context.Queue()
+    watcher = context.Process(target=watch_and_hang, args=(place, run, seen))
+    watcher.start()
+    assert seen.get(timeout=120) == (0, "knn", "")
+    assert seen.get(timeout=120) == "hangs"
+    corpora = (Corpus.open(place / "train"), Corpus.open(place / "test"))
+    protocols = [suite.find("knn"), suite.find("label-free")]
+    others = Watcher(run, protocols, *corpora, How(workers=1), "newest").watch(follow=False)
+    assert {step for step, _ in others} == {8}, "while it lives, its claim holds"
+    watcher.kill()
+    watcher.join(60)
+    found = [(step, o.protocol.name) for step, o in Watcher(run, protocols, *corpora, How(workers=1)).watch(poll=0.05)]
+    assert found == [(0, "label-free"), (4, "knn"), (4, "label-free")]
+    kept = [(s.details["weights"]["step"], s.metric) for s in ResultsStore(run / "results.sqlite").rows()]
+    metrics = ("top1", "rankme", "alpha-req", "uniformity", "spread")
+    assert sorted(kept) == sorted((step, metric) for step in (0, 4, 8) for metric in metrics), "once each"
 
 
 def test_the_newest_is_enough_where_that_is_asked_for(place, run):

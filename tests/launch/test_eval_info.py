@@ -96,6 +96,32 @@ def test_scores_of_a_run_are_kept_in_the_run(place, tmp_path, capsys):
     assert said["metrics"]["loss"] == 0.5
     assert [s["protocol"] for s in said["scores"]] == ["knn", "mae-linprobe-kept"]
     assert said["scores"][0]["step"] == 4
+    assert said["newest"] == said["scores"]
+    assert evaluate(place, "knn", run) == 0
+    capsys.readouterr()
+    assert main(["info", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert said.count("knn top1 at step 4: ") == 1
+    assert f"and 1 more: selfsight results {run}" in said
+
+
+def test_keys_of_a_protocol_need_no_weights(capsys):
+    assert keys(capsys, "--keys")["k"] == 20
+    changed = keys(capsys, "--keys", "k=5")
+    assert changed["k"] == 5
+    assert changed["digest"] != keys(capsys, "--keys")["digest"]
+    assert keys(capsys, "run", "k=5", "--keys") == changed
+    with pytest.raises(SystemExit) as e:
+        main(["eval", "knn", "--keys", "kk=5"])
+    assert e.value.code == 2
+    assert "did you mean k?" in capsys.readouterr().err
+
+
+def keys(capsys, *arguments: str) -> dict:
+    with pytest.raises(SystemExit) as e:
+        main(["eval", "knn", *arguments])
+    assert e.value.code == 0
+    return json.loads(capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
