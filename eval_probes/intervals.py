@@ -1,4 +1,5 @@
-"""How sure a figure is: Wilson's score interval for a proportion (1927), the bootstrap's for a mean, paired tests."""
+"""How sure a figure is: Wilson's score interval for a proportion (1927), the bootstrap's for a mean,
+Student's over repeats, paired tests."""
 
 import math
 from collections.abc import Sequence
@@ -25,6 +26,19 @@ def bootstrap(values: np.ndarray, statistic=np.mean, *, rounds: int = 2000, seed
     found = [statistic(values[generator.integers(0, len(values), len(values))]) for _ in range(rounds)]
     low, high = np.quantile(found, (0.025, 0.975))
     return float(low), float(high)
+
+
+def student(values: np.ndarray) -> tuple[float, float]:
+    """Student's 95 % interval (1908) of the mean that `values` (r,), at least two of them, are draws around."""
+    r = len(values)
+    assert r > 1
+    # t = √ν·tan θ turns the density with ν = r − 1 degrees of freedom into cos^(ν−1) θ on (−π/2, π/2).
+    theta = np.linspace(-np.pi / 2, np.pi / 2, 200_001)
+    density = np.cos(theta).clip(0) ** (r - 2)
+    below = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
+    t = math.sqrt(r - 1) * math.tan(np.interp(0.975, below / below[-1], theta))
+    mean, half = float(np.mean(values)), t * float(np.std(values, ddof=1)) / math.sqrt(r)
+    return mean - half, mean + half
 
 
 def mcnemar(a: np.ndarray, b: np.ndarray) -> float:

@@ -31,6 +31,8 @@ MODULES = {
     "ridge": ("eval_probes.ridge", "ridge regression in closed form, λ chosen on held-out training images"),
     "logistic": ("eval_probes.logistic", "logistic regression, C chosen on held-out training images, with calibration"),
     "dinov2-logreg": ("eval_probes.logistic", "DINOv2's logistic regression: 45 values of C in double precision"),
+    "lowshot-5perclass": ("eval_probes.lowshot", "a probe that learns from 5 images per class, drawn five times"),
+    "lowshot-1pct": ("eval_probes.lowshot", "the same from 1 % of each class"),
     "label-free": ("eval_probes.labelfree", "RankMe, α-ReQ, uniformity and spread of the test images' features"),
     "homography": ("eval_probes.geometry.homography", "patches found again in the test images, warped"),
     "epipolar": ("eval_probes.geometry.epipolar", "mutual matches of patches between views of a scene"),
