@@ -135,6 +135,7 @@ def test_one_graph_for_all_blocks():
     assert len(graphs) == 1
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("name", NAMES)

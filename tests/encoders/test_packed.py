@@ -5,6 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from selfsight import encoders
@@ -98,12 +101,41 @@ def test_variable_length_kernel_sees_where_images_end(monkeypatch):
     torch.testing.assert_close(attention.varlen(first, k, v, 2 * torch.arange(7, dtype=torch.int32), ends), expected)
 
 
+class Kernel(TorchDispatchMode):
+    """The types of queries, keys and values of every call of the kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: list[set[torch.dtype]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.torch_attn._varlen_attn.default:
+            self.dtypes.append({x.dtype for x in args[:3]})
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["qk norm, registers, LayerScale", "dinov3"])
+def test_an_imagined_gpu_never_waits(name, monkeypatch):
+    """Tensors with a device and no numbers: whoever asks for one, as a wait for the GPU does, is told that it is not
+    there. Autocast's norms are float32; the kernel takes one type."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    encoder = encoders.build(replace(CONFIGS[name], drop_path_rate=0.3))
+    with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.FLASH_ATTENTION), Kernel() as kernel:
+        encoder.cuda()
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        torch.set_autocast_enabled("cuda", True)
+        try:
+            encoder.forward_list([torch.randn(s, device="cuda") for s in ((4, 3, 32, 32), (6, 3, 16, 24))])
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+    assert kernel.dtypes == [{torch.bfloat16}] * encoder.depth
+
+
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("name", ["plain", "dinov3"])
+@pytest.mark.parametrize("name", ["plain", "qk norm, registers, LayerScale", "dinov3"])
 def test_one_kernel_on_a_gpu(name):
-    config = CONFIGS[name]
-    config.compile = False
-    encoder = encoders.build(config).cuda()
+    encoder = encoders.build(replace(CONFIGS[name], compile=False)).cuda()
     images = [x.cuda() for x in batches(torch.float32)]
     with torch.autocast("cuda", torch.bfloat16):
         packed = encoder.forward_list(images)

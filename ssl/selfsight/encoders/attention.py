@@ -15,8 +15,10 @@ from timm.layers.attention import Attention, AttentionRope
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
+from torch.nn.attention import varlen as kernel
 
 HALF = (torch.float16, torch.bfloat16)
+FLASH = (8, 0)  # compute capability from which there is a variable-length kernel: Ampere's
 MATERIALISED = 1024  # tokens of an image, up to which a CPU writes down the attention matrix in bfloat16
 
 
@@ -48,7 +50,7 @@ class Asked(NamedTuple):
 
 def layout(groups: Sequence[Group], like: Tensor) -> Layout:
     """Of a pack on the device of `like`."""
-    if len(groups) == 1 or not like.is_cuda:
+    if len(groups) == 1 or not like.is_cuda or torch.cuda.get_device_capability(like.device) < FLASH:
         return Layout(tuple(groups))
     lengths = [torch.full((g.count,), g.length, dtype=torch.int32, device=like.device) for g in groups]
     return Layout(tuple(groups), F.pad(torch.cat(lengths).cumsum(0, dtype=torch.int32), (1, 0)))
@@ -138,7 +140,7 @@ def rotate(x_BhTd: Tensor, table: Tensor, half: bool) -> Tensor:
 
 def attend(q: list[Tensor], k: list[Tensor], v: list[Tensor], seeing: Layout, seen: Layout, dropout: float) -> Tensor:
     """softmax(q kᵀ / √d) v of each image, (S, heads · d): one kernel for all sizes where there is one."""
-    if seeing.ends is not None and seen.ends is not None and v[0].dtype in HALF and not dropout:
+    if seeing.ends is not None and seen.ends is not None and not dropout and has_kernel(v[0]):
         return varlen(q, k, v, seeing.ends, seen.ends)
     out = [_attend(*qkv, dropout) for qkv in zip(q, k, v, strict=True)]
     return pack([rearrange(x, "b h t d -> b t (h d)") for x in out])
@@ -159,12 +161,16 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
 
 
+def has_kernel(v: Tensor) -> bool:
+    """Whether torch's variable-length kernel takes values of this type and head_dim."""
+    return v.dtype in HALF and v.shape[-1] % 8 == 0 and v.shape[-1] <= 256
+
+
 def varlen(q: list[Tensor], k: list[Tensor], v: list[Tensor], ends_q: Tensor, ends_k: Tensor) -> Tensor:
     """`attend` by torch's variable-length kernel, which is there on CUDA and for 16-bit floats."""
-    from torch.nn.attention import varlen as kernel
-
     longest_q, longest_k = (max(x.shape[2] for x in parts) for parts in (q, k))
-    q_Shd, k_Shd, v_Shd = (pack([x.transpose(1, 2) for x in parts]) for parts in (q, k, v))
+    # Autocast gives norms of queries and keys back in float32, and does not know this kernel.
+    q_Shd, k_Shd, v_Shd = (pack([x.transpose(1, 2) for x in parts]).type_as(v[0]) for parts in (q, k, v))
     out = kernel.varlen_attn(q_Shd, k_Shd, v_Shd, ends_q, ends_k, longest_q, longest_k)
     assert isinstance(out, Tensor)
     return out.flatten(1)

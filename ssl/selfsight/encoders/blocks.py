@@ -30,8 +30,8 @@ Drops = tuple[Drop | None, Drop | None]  # of the attention and of the MLP
 
 
 def step(block: nn.Module, x_SD: Tensor, layout: Layout, drops: Drops, asked: Asked | None = None) -> Tensor:
-    """A block on a pack, (S, D) → (S, D). With `asked`, what becomes of these rows only, (S', D): of the others keys
-    and values are computed and nothing else, which in the last block spares most of the work."""
+    """A block on a pack, (S, D) → (S, D). With `asked`, what becomes of these rows only, (S', D): the others are
+    normalised and projected to queries, keys and values, no more, which in the last block spares most of the work."""
     alone = asked is None and len(layout.groups) == 1 and drops == (None, None) and not as_products(x_SD)
     if alone or not is_residual(block):
         x_SD = each(block, x_SD, layout)  # timm's block as it is; the rarer ones with their own stochastic depth

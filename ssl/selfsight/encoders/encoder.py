@@ -95,8 +95,8 @@ class Encoder(nn.Module):
         Where mask (B, N) is true, mask_token (1, D) stands for the patch's content (BEiT, iBOT, DINOv2): the blocks
         see where the patch is, not what it shows. `prefix_norm` is the last norm of the class token and the registers,
         if it is another than that of the patches (DINOv3's untied norms). With `prefix_only` the patches are not wanted
-        (they come back as none): the last block then computes their keys and values, and nothing else of them. Raises
-        UserError if H or W is not a multiple of the patch size.
+        (they come back as none): the last block attends to them and does nothing else with them, unless stochastic
+        depth runs it on a subset. Raises UserError if H or W is not a multiple of the patch size.
         """
         return self.forward_list(
             [images],

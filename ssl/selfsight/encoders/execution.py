@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from selfsight.encoders.attention import Asked, Layout
+from selfsight.encoders.attention import Asked, Group, Layout, layout
 from selfsight.encoders.blocks import Drops, step
 from selfsight.errors import UserError
 
@@ -30,6 +30,7 @@ KEPT = [
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._flash_attention_forward.default,
     torch.ops.aten._cudnn_attention_forward.default,
+    torch.ops.torch_attn._varlen_attn.default,  # of packs, on GPUs; is there once encoders.attention is imported
 ]
 RECOMPILE_LIMIT = 64  # resolutions, stochastic depth and (no) gradient each need their own graph; torch allows 8
 
@@ -41,6 +42,18 @@ def make_step(checkpointing: Checkpointing, *, compiled: bool, backend: str | Ca
         return run
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     return torch.compile(run, backend=backend)
+
+
+def through(blocks: nn.ModuleList, x_BTD: Tensor, ids: Tensor, run: Step) -> Tensor:
+    """Blocks that a method puts behind its encoder, run as that one's (`Encoder.block_step`): (B, T, D) → the tokens
+    `ids` (B, n) of the result, (B, n, D). The last block is run for these alone."""
+    images, length = x_BTD.shape[:2]
+    rows = ids + length * torch.arange(images, device=ids.device).unsqueeze(1)
+    wanted = Asked(rows.flatten(), layout([Group(images, ids.shape[1])], x_BTD))
+    where, x_SD = layout([Group(images, length)], x_BTD), x_BTD.flatten(0, 1)
+    for block in blocks:
+        x_SD = run(block, x_SD, where, (None, None), wanted if block is blocks[-1] else None)
+    return x_SD.unflatten(0, ids.shape)
 
 
 def checkpointed(how: Checkpointing) -> Step:

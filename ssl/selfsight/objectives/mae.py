@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from selfsight import encoders
 from selfsight.collective import Collective
-from selfsight.encoders.attention import Asked, Group, layout
 from selfsight.encoders.encoder import take
+from selfsight.encoders.execution import through
 from selfsight.encoders.positions import sincos_table
 from selfsight.errors import UserError, check_range
 from selfsight.objectives.base import Objective, Outcome, Progress
@@ -88,33 +88,23 @@ class MAE(Objective):
     def forward(self, batch: dict[str, Tensor], progress: Progress) -> Outcome:
         """batch: "crop" (1, B, 3, S, S) and "noise" (B, L), whose smallest entries say which patches are kept."""
         images = batch["crop"][0]
-        ids_keep, ids_restore, mask = random_masking(batch["noise"], self.len_keep)
+        ids_keep, ids_hidden, ids_restore = random_masking(batch["noise"], self.len_keep)
         latent = self.student(images, keep=ids_keep)
-        ids_hidden = ids_restore.argsort(dim=1)[:, self.len_keep :]  # of nothing else is there a loss
         pred = self.forward_decoder(latent.sequence, ids_restore, ids_hidden)
         target = take(patchify(images, self.student.patch_size), ids_hidden)
-        loss = mae_loss(pred, target, mask.gather(1, ids_hidden), self.config.norm_pix_loss)
+        loss = mae_loss(pred, target, self.config.norm_pix_loss)
         return Outcome(loss, features=latent.avg.detach())
 
-    def forward_decoder(self, latent: Tensor, ids_restore: Tensor, ids: Tensor | None = None) -> Tensor:
-        """latent (B, P + n_keep, D) → predicted pixels (B, L, patch²·3) of all patches, in the image's order, or
-        (B, n, patch²·3) of those in `ids` (B, n)."""
+    def forward_decoder(self, latent: Tensor, ids_restore: Tensor, ids: Tensor) -> Tensor:
+        """latent (B, P + n_keep, D) → predicted pixels (B, n, patch²·3) of the patches `ids` (B, n)."""
         prefix = self.student.num_prefix
         x = self.decoder_embed(latent)
         mask_tokens = self.mask_token.expand(len(x), self.num_patches - self.len_keep, -1).to(x.dtype)
         patches = torch.cat([x[:, prefix:], mask_tokens], dim=1)
         patches = take(patches, ids_restore)  # unshuffle
         x = torch.cat([x[:, :prefix], patches], dim=1) + self.decoder_pos_embed
-        length = x.shape[1]
-        if ids is None:
-            ids = torch.arange(self.num_patches, device=x.device).expand(len(x), -1)
-        rows = prefix + ids + length * torch.arange(len(x), device=x.device).unsqueeze(1)
-        where, wanted = (layout([Group(len(x), n)], x) for n in (length, ids.shape[1]))
-        run, x = self.student.block_step(x), x.flatten(0, 1)
-        for block in self.decoder_blocks[:-1]:
-            x = run(block, x, where, (None, None), None)
-        x = run(self.decoder_blocks[-1], x, where, (None, None), Asked(rows.flatten(), wanted))
-        return rearrange(self.decoder_pred(self.decoder_norm(x)), "(b n) d -> b n d", n=ids.shape[1])
+        x = through(self.decoder_blocks, x, prefix + ids, self.student.block_step(x))
+        return self.decoder_pred(self.decoder_norm(x))
 
     def collapse_values(self) -> dict[str, float]:
         """What predicting each patch's mean scores: all of the normalised, unbiased variance."""
@@ -150,10 +140,9 @@ def kept(num_patches: int, mask_ratio: float) -> int:
 
 
 def random_masking(noise: Tensor, len_keep: int) -> tuple[Tensor, Tensor, Tensor]:
-    """noise (B, L) → ids_keep (B, len_keep) by ascending noise, ids_restore (B, L), mask (B, L) with 1 = hidden."""
+    """noise (B, L) → ids_keep (B, len_keep) by ascending noise, ids_hidden (B, L − len_keep), ids_restore (B, L)."""
     ids_shuffle = noise.argsort(dim=1, stable=True)  # stable: equal noise means the same mask on every device
-    ids_restore = ids_shuffle.argsort(dim=1)
-    return ids_shuffle[:, :len_keep], ids_restore, (ids_restore >= len_keep).to(noise.dtype)
+    return ids_shuffle[:, :len_keep], ids_shuffle[:, len_keep:], ids_shuffle.argsort(dim=1)
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
@@ -161,13 +150,12 @@ def patchify(images: Tensor, patch: int) -> Tensor:
     return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=patch, q=patch)
 
 
-def mae_loss(pred: Tensor, target: Tensor, mask: Tensor, norm_pix_loss: bool) -> Tensor:
-    """Mean squared error over the hidden patches; pred and target (B, L, patch²·3), mask (B, L); a scalar.
+def mae_loss(pred: Tensor, target: Tensor, norm_pix_loss: bool) -> Tensor:
+    """Mean squared error of the hidden patches; pred and target (B, L − len_keep, patch²·3); a scalar.
 
     With `norm_pix_loss` each target patch is normalised by its mean and its unbiased variance.
     """
     if norm_pix_loss:
         mean, var = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
         target = (target - mean) / (var + 1e-6).sqrt()
-    error = (pred.to(torch.promote_types(pred.dtype, torch.float32)) - target).square().mean(dim=-1)
-    return (error * mask).sum() / mask.sum()
+    return (pred.to(torch.promote_types(pred.dtype, torch.float32)) - target).square().mean()
