@@ -4,10 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Masked = tuple[Tensor, Tensor]  # as `masked_rows` gives them
 
-def masked_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
+
+def masked_rows(mask: Tensor) -> Masked:
     """mask (B, N) bool → where it is true in the flattened (B·N,), int64 (M,), and float32 weights (M,), of which those
-    of one image sum to 1: an image counts the same however much of it is masked.
+    of one image sum to 1: an image counts the same however much of it is masked. Waits for the device, to know M.
     """
     at = mask.flatten().nonzero().squeeze(1)
     weight = mask / mask.sum(dim=1, keepdim=True).clamp(min=1)

@@ -8,7 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -59,11 +59,9 @@ class Scale:
 
 
 @dataclass
-class PairConfig:
-    """Two random crops of each image, augmented as in BYOL (Grill et al. 2020, appendix B; MoCo v3 does the same)."""
+class Photometrics:
+    """How crops are flipped and coloured: as in BYOL (Grill et al. 2020, appendix B), which most methods took over."""
 
-    crop_size: int = 224  # pixels
-    crop_scale: list[float] = field(default_factory=lambda: [0.08, 1.0])  # fraction of the image's area
     flip: float = 0.5  # this and the next: probabilities
     jitter: float = 0.8
     brightness: float = 0.4  # strengths of the colour jitter
@@ -71,6 +69,31 @@ class PairConfig:
     saturation: float = 0.2
     hue: float = 0.1
     grayscale: float = 0.2
+
+    def crop(self, name: str, count: int, size: int, scale: list[float], **more: Any) -> CropSpec:
+        """`count` crops of `size` pixels and `scale` of the image's area; `more` are other fields of CropSpec."""
+        return CropSpec(
+            name=name,
+            count=count,
+            size=size,
+            scale=(scale[0], scale[1]),
+            flip=self.flip,
+            jitter=self.jitter,
+            brightness=self.brightness,
+            contrast=self.contrast,
+            saturation=self.saturation,
+            hue=self.hue,
+            grayscale=self.grayscale,
+            **more,
+        )
+
+
+@dataclass
+class PairConfig(Photometrics):
+    """Two random crops of each image (BYOL; MoCo v3 does the same)."""
+
+    crop_size: int = 224  # pixels
+    crop_scale: list[float] = field(default_factory=lambda: [0.08, 1.0])  # fraction of the image's area
     blur: list[float] = field(default_factory=lambda: [1.0, 0.1])  # probability, of the first and the second crop
     solarize: list[float] = field(default_factory=lambda: [0.0, 0.2])  # likewise
 
@@ -79,21 +102,8 @@ class PairConfig:
         for name in ("crop_scale", "blur", "solarize"):
             if len(getattr(self, name)) != 2:
                 raise UserError(f"objective.{name} should be two numbers")
-        pair = CropSpec(
-            name="pair",
-            count=2,
-            size=self.crop_size,
-            scale=(self.crop_scale[0], self.crop_scale[1]),
-            flip=self.flip,
-            jitter=self.jitter,
-            brightness=self.brightness,
-            contrast=self.contrast,
-            saturation=self.saturation,
-            hue=self.hue,
-            grayscale=self.grayscale,
-            blur=tuple(self.blur),
-            solarize=tuple(self.solarize),
-        )
+        more: dict[str, Any] = {"blur": tuple(self.blur), "solarize": tuple(self.solarize)}
+        pair = self.crop("pair", 2, self.crop_size, self.crop_scale, **more)
         return ViewSpec((pair,))
 
 

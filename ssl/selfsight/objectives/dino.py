@@ -19,13 +19,22 @@ from selfsight import encoders
 from selfsight.collective import Collective
 from selfsight.errors import UserError, check_range
 from selfsight.losses import PrototypeUse
-from selfsight.objectives.base import Objective, Outcome, ParameterRule, Progress, Scale, cosine_momentum, multi_crop
+from selfsight.objectives.base import (
+    Objective,
+    Outcome,
+    ParameterRule,
+    Photometrics,
+    Progress,
+    Scale,
+    cosine_momentum,
+    multi_crop,
+)
 from selfsight.recipe import EncoderConfig
-from selfsight.viewspec import CropSpec, ViewSpec
+from selfsight.viewspec import ViewSpec
 
 
 @dataclass
-class DINOConfig:
+class DINOConfig(Photometrics):
     out_dim: int = 65536  # K prototypes
     hidden_dim: int = 2048
     bottleneck_dim: int = 256
@@ -45,13 +54,6 @@ class DINOConfig:
     local_crops_number: int = 8
     local_crops_size: int = 96
     local_crops_scale: list[float] = field(default_factory=lambda: [0.05, 0.4])
-    flip: float = 0.5  # this and the next: probabilities
-    jitter: float = 0.8
-    brightness: float = 0.4  # strengths of the colour jitter
-    contrast: float = 0.4
-    saturation: float = 0.2
-    hue: float = 0.1
-    grayscale: float = 0.2
     blur: list[float] = field(default_factory=lambda: [1.0, 0.1, 0.5])  # probability: first, second global, local crops
     blur_sigma: list[float] = field(default_factory=lambda: [0.1, 2.0])  # pixels
     solarize: float = 0.2  # probability, of the second global crop only
@@ -119,20 +121,13 @@ class DINO(Objective):
     def views(self) -> ViewSpec:
         c = self.config
         first, second, local = c.blur
-        global_crops = CropSpec(
-            name="global",
-            count=2,
-            size=c.global_crops_size,
-            scale=_range(c.global_crops_scale),
-            flip=c.flip,
-            jitter=c.jitter,
-            brightness=c.brightness,
-            contrast=c.contrast,
-            saturation=c.saturation,
-            hue=c.hue,
-            grayscale=c.grayscale,
+        global_crops = c.crop(
+            "global",
+            2,
+            c.global_crops_size,
+            c.global_crops_scale,
             blur=(first, second),
-            blur_sigma=_range(c.blur_sigma),
+            blur_sigma=(c.blur_sigma[0], c.blur_sigma[1]),
             solarize=(0.0, c.solarize),
         )
         spec = multi_crop(global_crops, c, blur=local)
@@ -247,8 +242,3 @@ def _between(x: float, low: tuple[float, float], high: tuple[float, float]) -> f
     """Linear in log x between two points (x, y), constant beyond them; to three decimals."""
     share = math.log(x / low[0]) / math.log(high[0] / low[0])
     return round(low[1] + (high[1] - low[1]) * min(max(share, 0.0), 1.0), 3)
-
-
-def _range(values: list[float]) -> tuple[float, float]:
-    low, high = values
-    return low, high

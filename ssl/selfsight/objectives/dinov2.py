@@ -19,7 +19,7 @@ from selfsight.collective import Collective
 from selfsight.encoders import Tokens
 from selfsight.errors import UserError, check_range
 from selfsight.losses import ibot_loss, koleo, sinkhorn_knopp
-from selfsight.losses.ibot import masked_rows
+from selfsight.losses.ibot import Masked, masked_rows
 from selfsight.losses.koleo import EPSILON
 from selfsight.masks import block_masks
 from selfsight.objectives.base import Outcome, Progress
@@ -86,10 +86,11 @@ class DINOv2(IBOT):
         return block_masks(noise, asked, (size // p, size // p), min_area=MIN_AREA, max_area=max_area)
 
     def distil(self, batch: dict[str, Tensor], mask: Tensor, progress: Progress) -> Outcome:
-        return self.judge(batch, *self.see(batch, mask), mask, progress)
+        masked = masked_rows(mask)  # how many is asked here, while a GPU has nothing else to do yet
+        return self.judge(batch, *self.see(batch, mask), masked, progress)
 
     def judge(
-        self, batch: dict[str, Tensor], t: Tokens, s: Tokens, cls_s: Tensor, mask: Tensor, progress: Progress
+        self, batch: dict[str, Tensor], t: Tokens, s: Tokens, cls_s: Tensor, masked: Masked, progress: Progress
     ) -> Outcome:
         """`distil` once the crops were seen: what `see` returns goes in."""
         assert t.cls is not None
@@ -101,11 +102,11 @@ class DINOv2(IBOT):
             if self.training:
                 self.use.add(q)
         l_local, l_global = dino_losses(self.per_crop(student_head(cls_s), batch), q, self.config.student_temp)
-        first, second = cls_s[: len(mask)].chunk(2)  # of the global crops, before the head; each crop by itself
+        first, second = cls_s[: len(t.cls)].chunk(2)  # of the global crops, before the head; each crop by itself
         terms = {
             "dino_local": l_local,
             "dino_global": l_global,
-            "ibot": self.ibot(t, s, mask, progress),
+            "ibot": self.ibot(t, s, masked, progress),
             "koleo": self.koleo(first) + self.koleo(second),
             **self.further_terms(batch, s, progress),
         }
@@ -113,7 +114,7 @@ class DINOv2(IBOT):
         loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         metrics = {name: term.detach() for name, term in terms.items()}
         kl = (l_local + l_global).detach() - entropy
-        return Outcome(loss, t.cls[: len(mask) // 2], {**metrics, "teacher_entropy": entropy, "kl": kl})
+        return Outcome(loss, t.cls[: len(t.cls) // 2], {**metrics, "teacher_entropy": entropy, "kl": kl})
 
     def weights(self) -> dict[str, float]:
         """Of each term in the loss."""
@@ -121,15 +122,15 @@ class DINOv2(IBOT):
         dino = {"dino_local": c.dino_weight, "dino_global": c.dino_weight}
         return {**dino, "ibot": c.ibot_weight, "koleo": c.koleo_weight}
 
-    def ibot(self, t: Tokens, s: Tokens, mask: Tensor, progress: Progress) -> Tensor:
+    def ibot(self, t: Tokens, s: Tokens, masked: Masked, progress: Progress) -> Tensor:
         """L_iBOT of the masked patches, a scalar."""
-        at, weight = masked_rows(mask)
+        at, weight = masked
         student_head, teacher_head = self.patch_heads()
         with torch.no_grad():
             logits_t = teacher_head(t.patches.flatten(0, 1)[at])
             q = self.patch_targets(logits_t, self.teacher_temperature(progress))  # (M, K)
         logits_s = student_head(s.patches.flatten(0, 1)[at])
-        return ibot_loss(logits_s, q, weight, len(mask), self.config.student_temp)
+        return ibot_loss(logits_s, q, weight, len(t.patches), self.config.student_temp)
 
     def koleo(self, cls: Tensor) -> Tensor:
         """L_KoLeo of class tokens (B, D), a scalar."""

@@ -22,6 +22,7 @@ from selfsight.collective import Collective
 from selfsight.encoders import Tokens
 from selfsight.errors import UserError
 from selfsight.losses import spatial_loss, summary_loss
+from selfsight.losses.ibot import masked_rows
 from selfsight.objectives.base import Outcome, ParameterRule, Progress
 from selfsight.objectives.dinov2 import DINOv2, DINOv2Config
 from selfsight.recipe import EncoderConfig
@@ -93,15 +94,13 @@ class Distillation(DINOv2):
 
     def forward(self, batch: dict[str, Tensor], progress: Progress) -> Outcome:
         """batch: as DINOv2's; "global" alone where features are matched."""
+        masked = None if self.matches_features else masked_rows(self.masks(batch["mask"]))
         s, cls_s = self.see_as_student(batch, mask=None)
         t, beside = self.see_as_teacher(batch, progress)
         assert s.grid is not None
         assert t.grid is not None
         t = t._replace(patches=encoders.resize_patches(t.patches, t.grid, s.grid), grid=s.grid)
-        if self.matches_features:
-            outcome = self.match(t, s)
-        else:
-            outcome = self.judge(batch, t, s, cls_s, self.masks(batch["mask"]), progress)
+        outcome = self.match(t, s) if masked is None else self.judge(batch, t, s, cls_s, masked, progress)
         loss, metrics = outcome.loss, outcome.metrics
         if beside is not None:
             loss = loss + beside.loss
@@ -112,8 +111,8 @@ class Distillation(DINOv2):
         """The large teacher's tokens of the global crops and, if it is live, what its own training step gives."""
         if self.large is not None:
             mask = self.large.masks(batch["mask"])
-            seen = self.large.see(batch, mask)
-            return seen[0], self.large.judge(batch, *seen, mask, progress)
+            masked, seen = masked_rows(mask), self.large.see(batch, mask)
+            return seen[0], self.large.judge(batch, *seen, masked, progress)
         assert self.frozen is not None
         with torch.no_grad():
             return self.frozen["encoder"](rearrange(batch["global"], "v b c h w -> (v b) c h w")), None

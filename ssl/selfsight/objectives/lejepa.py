@@ -7,6 +7,7 @@ z should be an isotropic Gaussian: SIGReg projects it on random directions and a
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -15,13 +16,13 @@ from torch import Tensor
 from selfsight import encoders
 from selfsight.collective import Collective
 from selfsight.errors import UserError, check_range
-from selfsight.objectives.base import Objective, Outcome, Progress, freeze_final_bias, multi_crop
+from selfsight.objectives.base import Objective, Outcome, Photometrics, Progress, freeze_final_bias, multi_crop
 from selfsight.recipe import EncoderConfig
-from selfsight.viewspec import CropSpec, ViewSpec
+from selfsight.viewspec import ViewSpec
 
 
 @dataclass
-class LeJEPAConfig:
+class LeJEPAConfig(Photometrics):
     lambd: float = 0.05  # λ: the weight of SIGReg; the prediction loss has 1 − λ
     num_slices: int = 1024  # random directions, new ones at every step
     t_max: float = 5.0  # the characteristic function is compared on [−t_max, t_max]
@@ -36,13 +37,6 @@ class LeJEPAConfig:
     local_crops_number: int = 6
     local_crops_size: int = 96
     local_crops_scale: list[float] = field(default_factory=lambda: [0.05, 0.3])
-    flip: float = 0.5  # this and the next: probabilities
-    jitter: float = 0.8
-    brightness: float = 0.4  # strengths of the colour jitter
-    contrast: float = 0.4
-    saturation: float = 0.2
-    hue: float = 0.1
-    grayscale: float = 0.2
     blur: float = 0.5  # probabilities, the same for every crop
     solarize: float = 0.2
 
@@ -62,21 +56,9 @@ class LeJEPA(Objective):
 
     def views(self) -> ViewSpec:
         c = self.config
-        global_crops = CropSpec(
-            name="global",
-            count=c.global_crops_number,
-            size=c.global_crops_size,
-            scale=(c.global_crops_scale[0], c.global_crops_scale[1]),
-            flip=c.flip,
-            jitter=c.jitter,
-            brightness=c.brightness,
-            contrast=c.contrast,
-            saturation=c.saturation,
-            hue=c.hue,
-            grayscale=c.grayscale,
-            blur=(c.blur,) * c.global_crops_number,
-            solarize=(c.solarize,) * c.global_crops_number,
-        )
+        n, size = c.global_crops_number, c.global_crops_size
+        more: dict[str, Any] = {"blur": (c.blur,) * n, "solarize": (c.solarize,) * n}
+        global_crops = c.crop("global", n, size, c.global_crops_scale, **more)
         spec = multi_crop(global_crops, c, blur=c.blur, solarize=c.solarize)
         for crop in spec.crops:
             self.student.grid(crop.size)
@@ -86,13 +68,15 @@ class LeJEPA(Objective):
         """batch: "global" (V_g, B, 3, S, S) and, unless there are no local crops, "local" (n, B, 3, s, s)."""
         c = self.config
         crops = [batch[name] for name in ("global", "local") if name in batch]
+        a = directions(c.out_dim, c.num_slices, progress.step).to(
+            crops[0].device
+        )  # now, while a GPU has nothing to do yet
         features = torch.cat(self.student.features([rearrange(crop, "v b c h w -> (v b) c h w") for crop in crops]))
         z = self.projector(features)
         z_VBD = rearrange(z, "(v b) d -> v b d", b=crops[0].shape[1])
         z_VBD = z_VBD.to(torch.promote_types(z.dtype, torch.float32))
-        a = directions(c.out_dim, c.num_slices, progress.step).to(z_VBD)
         prediction = prediction_loss(z_VBD, c.global_crops_number)
-        gaussian = sigreg(z_VBD, a, self.collective, t_max=c.t_max, knots=c.knots).mean()
+        gaussian = sigreg(z_VBD, a.to(z_VBD), self.collective, t_max=c.t_max, knots=c.knots).mean()
         loss = (1 - c.lambd) * prediction + c.lambd * gaussian
         return Outcome(
             loss,
@@ -121,7 +105,8 @@ def sigreg(z: Tensor, a: Tensor, collective: Collective, *, t_max: float = 5.0, 
     t = torch.linspace(0, t_max, knots // 2 + 1, dtype=z.dtype, device=z.device)  # (T,)
     gauss = torch.exp(-0.5 * t.square())
     weights = torch.full_like(t, 2 * t_max / (knots // 2))
-    weights[[0, -1]] /= 2
+    weights[0] /= 2
+    weights[-1] /= 2
     n = z.shape[1] * collective.world_size
     with torch.autocast(z.device.type, enabled=False):
         angle = (z @ a).unsqueeze(-1) * t  # (V, B, M, T)

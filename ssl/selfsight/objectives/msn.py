@@ -18,13 +18,13 @@ from selfsight import encoders
 from selfsight.collective import Collective
 from selfsight.errors import UserError, check_range
 from selfsight.losses import PrototypeUse, sinkhorn_knopp
-from selfsight.objectives.base import Objective, Outcome, Progress, freeze_final_bias
+from selfsight.objectives.base import Objective, Outcome, Photometrics, Progress, freeze_final_bias
 from selfsight.recipe import EncoderConfig
-from selfsight.viewspec import CropSpec, NoiseSpec, ViewSpec
+from selfsight.viewspec import NoiseSpec, ViewSpec
 
 
 @dataclass
-class MSNConfig:
+class MSNConfig(Photometrics):
     num_proto: int = 1024  # K
     output_dim: int = 256  # of z
     hidden_dim: int = 2048
@@ -42,13 +42,7 @@ class MSNConfig:
     focal_views: int = 10  # anchors that show a small part, whole
     focal_size: int = 96
     focal_scale: list[float] = field(default_factory=lambda: [0.05, 0.3])
-    flip: float = 0.5  # this and the next: probabilities
-    jitter: float = 0.8
-    brightness: float = 0.4  # strengths of the colour jitter
-    contrast: float = 0.4
-    saturation: float = 0.4
-    hue: float = 0.1
-    grayscale: float = 0.2
+    saturation: float = 0.4  # of the colour jitter, stronger than BYOL's
     blur: float = 0.5  # probability, the same for every crop
 
 
@@ -77,27 +71,11 @@ class MSN(Objective):
 
     def views(self) -> ViewSpec:
         c = self.config
-        crops = tuple(
-            CropSpec(
-                name=name,
-                count=count,
-                size=size,
-                scale=(scale[0], scale[1]),
-                flip=c.flip,
-                jitter=c.jitter,
-                brightness=c.brightness,
-                contrast=c.contrast,
-                saturation=c.saturation,
-                hue=c.hue,
-                grayscale=c.grayscale,
-                blur=(c.blur,) * count,
-            )
-            for name, count, size, scale in (
-                ("random", 1 + c.rand_views, c.rand_size, c.rand_scale),
-                ("focal", c.focal_views, c.focal_size, c.focal_scale),
-            )
-            if count
-        )
+        kinds = [
+            ("random", 1 + c.rand_views, c.rand_size, c.rand_scale),
+            ("focal", c.focal_views, c.focal_size, c.focal_scale),
+        ]
+        crops = tuple(c.crop(name, n, size, scale, blur=(c.blur,) * n) for name, n, size, scale in kinds if n)
         for crop in crops:
             self.student.grid(crop.size)
         return ViewSpec(crops, (NoiseSpec("mask", c.rand_views * self.num_patches),))
@@ -131,7 +109,8 @@ class MSN(Objective):
                 if self.training:
                     self.use.add(q)
             match = -(q * log_p).sum(dim=-1).mean()
-            prior = power_law(c.num_proto, c.prior_exponent).to(log_p) if c.prior_exponent is not None else None
+            with log_p.device:  # made there, not brought there
+                prior = power_law(c.num_proto, c.prior_exponent).to(log_p) if c.prior_exponent is not None else None
             balance = balance_loss(log_p.exp(), prior, self.collective)
         return match + c.memax_weight * balance, {
             "match": match.detach(),

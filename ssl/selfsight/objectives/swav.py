@@ -18,13 +18,21 @@ from selfsight import encoders
 from selfsight.collective import Collective
 from selfsight.errors import UserError, check_range
 from selfsight.losses import PrototypeUse, sinkhorn_knopp
-from selfsight.objectives.base import Objective, Outcome, ParameterRule, Progress, freeze_final_bias, multi_crop
+from selfsight.objectives.base import (
+    Objective,
+    Outcome,
+    ParameterRule,
+    Photometrics,
+    Progress,
+    freeze_final_bias,
+    multi_crop,
+)
 from selfsight.recipe import EncoderConfig
-from selfsight.viewspec import CropSpec, ViewSpec
+from selfsight.viewspec import ViewSpec
 
 
 @dataclass
-class SwAVConfig:
+class SwAVConfig(Photometrics):
     nmb_prototypes: int = 3000  # K
     out_dim: int = 128  # of z
     hidden_dim: int = 2048
@@ -40,13 +48,10 @@ class SwAVConfig:
     local_crops_number: int = 6
     local_crops_size: int = 96
     local_crops_scale: list[float] = field(default_factory=lambda: [0.05, 0.14])
-    flip: float = 0.5  # this and the next: probabilities
-    jitter: float = 0.8
-    brightness: float = 0.8  # strengths of the colour jitter
+    brightness: float = 0.8  # this and the next: SimCLR's, which are stronger
     contrast: float = 0.8
     saturation: float = 0.8
     hue: float = 0.2
-    grayscale: float = 0.2
     blur: float = 0.5  # probability, the same for every crop
 
 
@@ -69,20 +74,7 @@ class SwAV(Objective):
 
     def views(self) -> ViewSpec:
         c = self.config
-        global_crops = CropSpec(
-            name="global",
-            count=2,
-            size=c.global_crops_size,
-            scale=(c.global_crops_scale[0], c.global_crops_scale[1]),
-            flip=c.flip,
-            jitter=c.jitter,
-            brightness=c.brightness,
-            contrast=c.contrast,
-            saturation=c.saturation,
-            hue=c.hue,
-            grayscale=c.grayscale,
-            blur=(c.blur,) * 2,
-        )
+        global_crops = c.crop("global", 2, c.global_crops_size, c.global_crops_scale, blur=(c.blur,) * 2)
         spec = multi_crop(global_crops, c, blur=c.blur)
         for crop in spec.crops:
             self.student.grid(crop.size)
