@@ -178,4 +178,5 @@ def _poolings(family: Path) -> Iterator[Pooling]:
     with suppress(FileNotFoundError):
         for path in family.iterdir():
             if not path.name.startswith("."):
-                yield Pooling.parse(path.name)
+                with suppress(UserError):  # of a version that named them otherwise: they are made anew
+                    yield Pooling.parse(path.name)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from eval_probes.bench import Bench
 from eval_probes.extraction import How
+from eval_probes.features import Collapsed
 from eval_probes.protocol import FeatureProtocol, Protocol, find
 from eval_probes.report import build_report
 from eval_probes.results import ResultsStore, Score
@@ -70,6 +71,7 @@ class Row:
     name: str
     scores: dict[str, Score] = field(default_factory=dict)  # knn, linear
     figures: dict[str, float] = field(default_factory=dict)  # rankme, feature_spread
+    fault: str = ""  # why there are neither
 
 
 @dataclass(frozen=True)
@@ -273,12 +275,16 @@ def _rows(settings: Settings, run: Path, corpora: Corpora) -> Iterator[Row]:
         if not labelled and weights is PIXELS:
             continue
         bench = Bench.open(weights, corpora.bank, corpora.test, how)
-        if labelled:
-            yield Row(name, scores={protocol.name: _score(store, protocol, bench) for protocol in protocols})
-        else:
-            assert isinstance(protocols[0], FeatureProtocol)
-            x = bench.features(bench.need("test"), protocols[0].pooling).tensor()[:TESTED]
-            yield Row(name, figures={"rankme": rankme(x).item(), "feature_spread": feature_spread(x).item()})
+        try:
+            if labelled:
+                yield Row(name, scores={protocol.name: _score(store, protocol, bench) for protocol in protocols})
+            else:
+                assert isinstance(protocols[0], FeatureProtocol)
+                x = bench.features(bench.need("test"), protocols[0].pooling).tensor()[:TESTED]
+                yield Row(name, figures={"rankme": rankme(x).item(), "feature_spread": feature_spread(x).item()})
+        except Collapsed as e:  # a finding, and no reason to lose the others
+            say(f"{name}: {e}")
+            yield Row(name, fault="collapsed")
 
 
 def _labelled(bank: Path) -> bool:

@@ -43,7 +43,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def to_json(outcome) -> dict:
-    rows = [{"name": r.name, **{k: s.to_dict() for k, s in r.scores.items()}, **r.figures} for r in outcome.rows]
+    rows = [
+        {"name": r.name, **{k: s.to_dict() for k, s in r.scores.items()}, **r.figures}
+        | ({"fault": r.fault} if r.fault else {})
+        for r in outcome.rows
+    ]
     return {"rows": rows, "weights": str(outcome.weights), "report": str(outcome.report), "run": str(outcome.run)}
 
 
@@ -55,7 +59,7 @@ def show(outcome) -> None:
     # No markup and no emoji: folders may be called `photos [old]` or `:star:`.
     width = None if sys.stdout.isatty() else 120
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, width=width)
-    labelled = bool(outcome.rows[0].scores)
+    labelled = bool(outcome.rows[0].scores)  # pixels cannot collapse
     table = Table(caption=f"Features of both encoders: {outcome.pooling}. In brackets: 95 % intervals.")
     table.add_column("")
     if labelled:
@@ -71,7 +75,9 @@ def show(outcome) -> None:
             table.add_column(name, justify="right")
     for row in outcome.rows:
         style = "bold" if row is outcome.rows[-1] else ""
-        if labelled:
+        if row.fault:
+            cells = [row.fault, row.fault]
+        elif labelled:
             cells = [cell(row.scores[metric]) for metric in ("knn", "linear")] + [f"{row.scores['knn'].n:,}"]
         else:
             cells = [f"{row.figures['rankme']:.1f}", f"{row.figures['feature_spread']:.3f}"]

@@ -12,10 +12,12 @@ from launch import quickstart as steps
 from launch.cli import main
 from launch.commands.quickstart import show
 from launch.quickstart import Outcome, Row, Settings, quickstart
+from selfsight import encoders
 from selfsight.corpus import procedural
 from selfsight.errors import UserError
-from selfsight.training import resolve
-from selfsight.weights import load_pretrained
+from selfsight.training import pretrain, resolve
+from selfsight.weights import export_encoder, load_pretrained, newest_export
+from selfsight.weights.folder import Export
 
 TINY = {
     "dino": ("batch_size=32", "epochs=0.1", "optimizer.warmup_epochs=0.01", "objective.out_dim=32"),
@@ -57,6 +59,27 @@ def test_the_whole_way(out, objective):
     encoder = load_pretrained(outcome.weights)
     picture = Image.open(next((out / "procedural-0" / "images" / "test").rglob("*.png")))
     assert encoder(encoder.preprocess(picture).unsqueeze(0)).patches.shape[-1] == encoder.embed_dim
+
+
+def test_an_encoder_that_collapsed_is_told_in_table_and_report(tmp_path, monkeypatch, capsys):
+    def collapse(recipe):
+        run = pretrain(recipe)
+        export = newest_export(run)
+        meta = Export.open(export).origin["meta"]
+        shutil.rmtree(export)
+        encoder = encoders.build(recipe.encoder)
+        encoder.vit.norm.weight.data.zero_()
+        export_encoder(encoder, recipe.encoder, export, meta=meta)
+        return run
+
+    monkeypatch.setattr(steps, "pretrain", collapse)
+    outcome = quickstart(procedural_settings(tmp_path, "dino"))
+    assert [row.fault for row in outcome.rows] == ["", "", "collapsed"]
+    show(outcome)
+    said = capsys.readouterr()
+    assert "collapsed" in said.out
+    assert "the encoder has collapsed" in said.err
+    assert "the encoder has collapsed" in outcome.report.read_text(encoding="utf-8")
 
 
 def test_a_second_call_finds_all_done(out):
