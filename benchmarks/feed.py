@@ -23,9 +23,9 @@ from selfsight.errors import UserError
 
 AIM = 0.95
 RECIPE = "dino/vit_small_patch16_imagenet"
-ON_GPU = ("batch_size=256", "stream.workers=null")  # the recipe's own are for 16 GPUs
+ON_GPU = ("batch_size=256", "stream.workers=auto")  # the recipe's own are for 16 GPUs
 ON_CPU = (
-    *("batch_size=8", "stream.workers=null", "encoder.name=vit_tiny_patch16_224", "encoder.args={depth: 2}"),
+    *("batch_size=8", "stream.workers=auto", "encoder.name=vit_tiny_patch16_224", "encoder.args={depth: 2}"),
     *("objective.out_dim=1024", "objective.hidden_dim=256", "objective.local_crops_number=2"),
 )
 STEPS = 10**6  # of the run that is pretended, which nobody waits for

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     recipe = resolve.load(args.config, args.overrides)
     resolve.check(recipe)
     images = _images(recipe)
-    recipe.training.precision = recipe.training.precision or "bf16"
+    recipe.training.precision = recipe.training.precision or "bf16"  # that of the GPU, not of this machine
     auto.settle(recipe, images=images.n if images else None, ranks=args.gpus, memory=gpu.usable)
     made = plan(recipe, gpu, args.gpus, images=images, utilisation=args.utilisation)
     if args.json:
@@ -79,7 +79,7 @@ def _json(plan) -> dict[str, Any]:
         "gpu": plan.gpu.name,
         "gpus": plan.ranks,
         "zero": training.zero,
-        "precision": training.precision,
+        "precision": _precision(plan),
         "checkpointing": plan.recipe.encoder.checkpointing,
         "micro_batch": plan.micro_batch,
         "memory": {
@@ -108,7 +108,7 @@ def _show(plan, config: str) -> None:
     console.print(
         f"{config}: {recipe.objective_name} with {recipe.encoder.name}\n"
         f"batches of {recipe.batch_size:,} on {plan.ranks} × {plan.gpu.name}, {plan.micro_batch} images at a time, "
-        f"{training.precision}",
+        f"{_precision(plan)}",
         soft_wrap=True,
     )
     title = f"GiB on each GPU, of which {plan.gpu.usable / GIB:.1f} can be used; this recipe's line is bold"
@@ -131,10 +131,19 @@ def _show(plan, config: str) -> None:
         console.print(f"\n{_missing(plan)}")
 
 
+def _precision(plan) -> str:
+    return plan.gpu.half if plan.recipe.training.precision == "bf16" else plan.recipe.training.precision
+
+
 def _facts(plan) -> dict[str, str]:
     peak = plan.gpu.peak(plan.recipe.training.precision == "bf16")
     count = "  ".join(f"{name} {_millions(n)}" for name, n in plan.parameters.items() if n)
     days = plan.seconds / 86400
+    more = {}
+    if _precision(plan) == "fp16":
+        more["precision"] = "fp16 is the published runs'; selfsight trains in fp32 on this GPU, which is slower"
+    if plan.host_bytes:
+        more["host"] = f"{plan.host_bytes / GIB:,.1f} GiB of its memory for each GPU, where training.offload puts them"
     return {
         "parameters": count,
         "arithmetic": f"{plan.step.flops_per_image / 1e9:,.1f} GFLOP an image, forward and backward, all views",
@@ -144,6 +153,7 @@ def _facts(plan) -> dict[str, str]:
         "run": f"{plan.total_steps:,} steps, {_time(days)}, {plan.gpu_hours:,.1f} GPU-hours",
         "checkpoint": f"{plan.checkpoint_bytes / GIB:,.2f} GiB",
         "shards": f"{plan.shard_traffic / 1e6:,.1f} MB/s read by all GPUs together",
+        **more,
     }
 
 

@@ -69,11 +69,20 @@ def _first() -> bool:
 
 
 def _print(recipe) -> int:
+    import torch
+
     from selfsight.training import resolve
+    from selfsight.training.cluster import ranks
     from selfsight.training.feed import names_images, open_feed
 
     resolve.check(recipe)
     feed = open_feed(recipe) if names_images(recipe) else None
-    resolve.settle(recipe, chunks=feed.chunks if feed else None, images=feed.n if feed else None)
+    resolve.settle(
+        recipe,
+        chunks=feed.chunks if feed else None,
+        images=feed.n if feed else None,
+        ranks=int(ranks(dict(os.environ)).get("WORLD_SIZE", 1)),
+        memory=torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None,
+    )
     print(recipe.to_yaml(), end="")
     return 0

@@ -1,9 +1,11 @@
 """The one schema of a run. In: a YAML file and `key=value` overrides. Out: a `Recipe`, each value with its origin.
 
-Keys are strict: an unknown one is refused and the nearest known one named. `null` in a key that says "null = …" is
-resolved from the hardware and the corpus when training starts; what was chosen and why joins the provenance.
+Keys are strict: an unknown one is refused and the nearest known one named. `auto` leaves a value to be chosen from the
+corpus, the length of the run and the hardware when training starts; what was chosen and why joins the provenance.
+`null` means that there is none, as the key's comment says.
 """
 
+import copy
 import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -17,8 +19,17 @@ from omegaconf.errors import OmegaConfBaseException
 
 from selfsight.errors import UserError
 
-AUTO = "auto"  # a value that follows from the corpus, the length of the run and the hardware
-NOTES = ("provenance", "autos")  # what a Recipe knows of itself beside its keys
+AUTO = "auto"
+# Keys whose default it is; in Python it is None there. Others may say it, too: `selfsight.training.auto` has the rules.
+AUTOMATIC = (
+    "encoder.compile",
+    "stream.lanes",
+    "stream.workers",
+    "stream.crops",
+    "training.precision",
+    "probe.every",
+)
+NOTES = ("provenance", "asked")  # what a Recipe knows of itself beside its keys
 # Taken as they are typed: a folder may be called 007, 1e3 or 2024-01-01.
 PATHS = ("corpus", "selection", "output", "weights", "probe.corpus")
 
@@ -32,7 +43,7 @@ class EncoderConfig:
     drop_path_rate: float = 0.0  # stochastic depth, of the student only
     drop_path_uniform: bool = False  # this rate in every block, as DINOv2; else it grows linearly to the last one's
     checkpointing: str = "none"  # what the backward pass computes again: none, selective (all but products) or full
-    compile: bool | None = None  # torch.compile of the blocks, in training; null = on a GPU
+    compile: bool | None = None  # torch.compile of the blocks, in training; auto = on a GPU
     args: dict[str, Any] = field(default_factory=dict)  # further timm arguments: patch_size, depth, reg_tokens, …
 
 
@@ -64,10 +75,10 @@ class OptimizerConfig:
 
 @dataclass
 class StreamConfig:
-    lanes: int | None = None  # null = the largest divisor of the batch that the corpus fills, 256 at most
+    lanes: int | None = None  # auto = the largest divisor of the batch that the corpus fills, 256 at most
     window: int = 16  # chunks shuffled together in a lane
-    workers: int | None = None  # decoding threads per rank; null = one per core that training leaves over
-    crops: str | None = None  # where they are made: cpu or device; null = on a GPU if there is one
+    workers: int | None = None  # decoding threads per rank; auto = one per core that training leaves over
+    crops: str | None = None  # where they are made: cpu or device; auto = on a GPU if there is one
     decode: str = "cpu"  # or device: baseline JPEGs are decoded there, by nvJPEG; needs the crops there
     max_damaged: float = 0.001  # share of the images read that may be replaced before training stops
 
@@ -94,7 +105,7 @@ class UnindexedConfig:
 class TrainingConfig:
     zero: int = 1  # DeepSpeed ZeRO stage; shards the optimiser's state (1), gradients too (2), parameters too (3)
     offload: bool = False  # the optimiser's state and step on the CPU; needs zero of 1 or more
-    precision: str | None = None  # fp32, or bf16 autocast over fp32 weights; null = bf16 on a GPU that has it
+    precision: str | None = None  # fp32, or bf16 autocast over fp32 weights; auto = bf16 on a GPU that has it
     accumulation: int = 1  # micro-batches per optimiser step
     log_every: int = 10  # steps
     checkpoint_every: int = 1000  # steps
@@ -111,7 +122,7 @@ class ProbeConfig:
     """A labelled corpus on which the encoder is measured while it trains."""
 
     corpus: str | None = None  # as the recipe's key; null = no probes. Without labels there are only label-free figures
-    every: int | None = None  # steps; null = as often as 2 % of the time allow. And after the last step
+    every: int | None = None  # steps; auto = as often as 2 % of the time allow. And after the last step
     images: int = 2048  # of the corpus, half of them to learn from and half to be tested on
 
 
@@ -143,11 +154,23 @@ class Recipe:
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     log: LogConfig = field(default_factory=LogConfig)
     provenance: dict[str, str] = field(default_factory=dict, compare=False, repr=False)  # "a.b" → origin
-    autos: list[str] = field(default_factory=list, compare=False, repr=False)  # keys that say "auto", not yet settled
+    asked: list[str] = field(default_factory=list, compare=False, repr=False)  # beyond AUTOMATIC, keys that say "auto"
 
     @property
     def objective_name(self) -> str:
         return self.objective["name"]
+
+    @property
+    def autos(self) -> list[str]:
+        """The keys that say "auto", until a value is set."""
+        return [*(key for key in AUTOMATIC if self.get(key) is None), *self.asked]
+
+    def get(self, key: str) -> Any:
+        """The value of the dotted `key`; None for one that the objective does not have."""
+        node: Any = self
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, dict) else getattr(node, part)
+        return node
 
     def set(self, key: str, value: Any, reason: str) -> None:
         """Resolves the dotted `key` to `value` and notes why."""
@@ -159,7 +182,16 @@ class Recipe:
             node[leaf] = value
         else:
             setattr(node, leaf, value)
-        self.provenance[key] = f"auto: {reason}"
+        self.provenance[key] = f"{AUTO}: {reason}"
+        if key in self.asked:
+            self.asked.remove(key)
+
+    def chosen(self) -> Iterator[tuple[str, Any, str]]:
+        """(key, value, reason) of what said "auto"; the value is "auto" where it will be chosen later."""
+        for key, origin in sorted(self.provenance.items()):
+            word, _, reason = origin.partition(f"{AUTO}: ")
+            if not word and reason:
+                yield key, AUTO if key in self.autos else self.get(key), reason
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict, without provenance; `load` reads it back."""
@@ -243,8 +275,10 @@ def from_dict(given: dict[str, Any], provenance: dict[str, str], *, objective: C
     for note in NOTES:
         known.pop(note)
     _refuse_unknown(given, known)
-    autos = [key for key, value in _leaves(given) if value == AUTO]
-    given = _without_autos(given)
+    autos = [key for key, value in _leaves(given) if value == AUTO and key not in PATHS]
+    given = copy.deepcopy(given)
+    for key in autos:
+        _drop(given, key)
     section = given["objective"]
     rest = {k: v for k, v in given.items() if k != "objective"}
     try:
@@ -255,12 +289,8 @@ def from_dict(given: dict[str, Any], provenance: dict[str, str], *, objective: C
     except OmegaConfBaseException as e:
         key = getattr(e, "full_key", None) or "a value"
         raise UserError(f"{key}: {str(e).splitlines()[0]}") from e
-    recipe.provenance, recipe.autos = provenance, autos
+    recipe.provenance, recipe.asked = provenance, [key for key in autos if key not in AUTOMATIC]
     return recipe
-
-
-def _without_autos(node: dict[str, Any]) -> dict[str, Any]:
-    return {k: _without_autos(v) if isinstance(v, dict) else v for k, v in node.items() if v != AUTO}
 
 
 def _leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -291,6 +321,13 @@ def _put(node: dict, key: str, value: Any) -> None:
             child = node[part] = {}
         node = child
     node[leaf] = value
+
+
+def _drop(node: dict, key: str) -> None:
+    *path, leaf = key.split(".")
+    for part in path:
+        node = node[part]
+    del node[leaf]
 
 
 def _refuse_unknown(given: dict, known: dict, prefix: str = "") -> None:

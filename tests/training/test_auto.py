@@ -5,6 +5,7 @@ import pytest
 from selfsight import objectives
 from selfsight.errors import UserError
 from selfsight.objectives.base import Scale
+from selfsight.recipe import AUTO, AUTOMATIC
 from selfsight.training import auto, resolve
 
 
@@ -34,12 +35,14 @@ def test_a_warm_up_is_never_longer_than_a_tenth_of_the_run():
 
 
 def test_the_batch_and_the_stage_are_what_fits_into_a_gpu():
-    small = ("encoder.args={embed_dim: 96, depth: 2, num_heads: 3}", "objective.local_crops_number=0")
-    batches = [settled(10**6, *small, memory=gib * 2**30).batch_size for gib in (0.1, 1.0, 80)]
-    assert batches[0] < batches[1] <= batches[2] == 256
+    small = ("encoder.args={embed_dim: 96, depth: 1, num_heads: 3}", "objective.local_crops_number=0")
+    little, much = (settled(10**6, *small, memory=gib * 2**30) for gib in (0.6, 80))
+    assert little.batch_size < much.batch_size == 256
+    assert little.provenance["batch_size"] == f"auto: {little.batch_size} images at a time fit into 1 GiB of GPU memory"
     assert settled(10**6, ranks=4).training.zero == 1
     assert settled(10**6).training.zero == 0
     assert settled(10**6, *small, ranks=4, memory=80 * 2**30).training.zero == 0
+    assert settled(10**6, "training.offload=true").training.zero == 1
     assert settled(10**6, "batch_size=auto", ranks=3).batch_size == 768  # of equal parts
 
 
@@ -57,7 +60,18 @@ def test_every_objective_names_keys_of_its_own():
 )
 def test_a_key_without_a_rule(override, sentence):
     with pytest.raises(UserError, match=f'{sentence} be "auto"'):
-        settled(100, override)
+        resolve.check(resolve.load("dino/auto", [override]))
+
+
+def test_keys_whose_default_is_auto_may_say_it():
+    """A null, as older run folders have it, reads as the same; a folder may be called auto."""
+    plain = resolve.load("quickstart/dino")
+    for word in (AUTO, "null"):
+        assert resolve.load("quickstart/dino", [f"{key}={word}" for key in AUTOMATIC]).autos == list(AUTOMATIC)
+    resolve.settle(plain, chunks=12, images=384)
+    assert plain.autos == ["probe.every"]  # which training measures
+    assert {key for key, _, _ in plain.chosen()} >= {"stream.lanes", "stream.workers", "encoder.compile"}
+    assert resolve.load("quickstart/dino", ["corpus=auto", "output=auto"]).corpus == AUTO
 
 
 def test_without_a_corpus_there_is_nothing_to_follow_from():
@@ -78,7 +92,7 @@ def test_what_was_settled_stays(corpora, selfsight, tmp_path, capsys):
     ]
     assert selfsight([*run, "epochs=1"]) == 0
     begun = resolve.load(str(tmp_path / "run/recipe.yaml"))
-    assert not begun.autos
+    assert not begun.asked
     assert begun.batch_size == 4
     assert selfsight([*run, "epochs=1", "batch_size=auto"]) == 0  # adopts, and finds it finished
     assert selfsight([*run, "epochs=1", "batch_size=8"]) == 2

@@ -15,6 +15,10 @@ from selfsight.training.costs import Trace, Weights, find_gpu, per_gpu, trace
 from selfsight.training.costs.memory import BUCKET
 from selfsight.training.costs.plan import build
 
+FEWER = {
+    "data2vec2": ["objective.average_top_k_layers=1"],
+    "distillation": ["objective.teacher_args.depth=1"],
+}
 START = Progress(0, 10, 20)
 RECIPES = {
     "dinov2": ("dinov2/vit_tiny_patch4_cifar10", "encoder.args={patch_size: 4, depth: 3}", "objective.out_dim=64"),
@@ -42,8 +46,8 @@ def test_flops_are_those_of_a_real_step(name):
 
 @pytest.mark.parametrize("name", objectives.available())
 def test_every_objective_can_be_imagined(name):
-    fewer = ["objective.average_top_k_layers=2"] if name == "data2vec2" else []
-    recipe = resolve.load(f"{name}/vit_tiny_patch4_cifar10", ["encoder.args.depth=2", *fewer])
+    fewer = FEWER.get(name, [])
+    recipe = resolve.load(f"{name}/vit_tiny_patch4_cifar10", ["encoder.args.depth=1", *fewer])
     step = trace(build(recipe), 4, START, bf16=False)
     assert step.flops > 0
     assert step.peak() > step.views
@@ -71,6 +75,10 @@ def test_stages_share_what_they_say():
     assert totals[0] == 4 + 4 + 8 + 10  # weights, teacher, moments; gradients come as activations go
     assert totals[1] == totals[2] == 4 + 4 + 8 / 8 + 4 / 8 + 2 + 10  # its share of moments and weights, one bucket
     assert totals[3] == 4 / 8 + 4 / 8 + 8 / 8 + 4 / 8 + 4 / 8 + 2 + 4 + 10  # of gradients too; 4 GB gathered at a time
+    away = {stage: per_gpu(stage, 8, weights, step, offload=True).total / gb for stage in range(4)}
+    assert away[0] == totals[0]  # stage 0 has nothing to move
+    assert away[2] == totals[2] - 8 / 8 - 4 / 8  # moments and the optimiser's copy of its share of the weights
+    assert away[3] == totals[3] - 8 / 8 - 4 / 8 - 4 / 8  # and its share of the gradients
     split = {stage: per_gpu(stage, 8, weights, step, accumulation=2) for stage in (1, 2)}
     assert split[1].gradients / gb == 4  # of earlier micro-batches: whole
     assert split[2].gradients / gb == 4 / 8

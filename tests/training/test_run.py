@@ -311,7 +311,7 @@ def test_print_shows_the_recipe_without_a_corpus(selfsight, recipe, corpora, cap
     out = capsys.readouterr().out
     assert "seed: 7" in out
     assert "command line" in out
-    assert "lanes: null" in out
+    assert "lanes: auto" in out
     assert selfsight(["pretrain", str(recipe), "--print", f"corpus={corpora['one']}"]) == 0
     lanes = auto_lanes(8, len(Corpus.open(corpora["one"]).chunks))
     assert f"lanes: {lanes} " in capsys.readouterr().out

@@ -103,19 +103,20 @@ class DINO(Objective):
     @classmethod
     def auto(cls, scale: Scale) -> dict[str, tuple[float, str]]:
         """Between the published values for small and for large runs, along the logarithm of their size."""
-        steps, epochs = f"{scale.total_steps:,} steps", scale.total_steps / scale.steps_per_epoch
+        steps, epochs = f"this run has {scale.total_steps:,}", scale.total_steps / scale.steps_per_epoch
         prototypes = 2 ** round(math.log2(min(max(scale.images / 16, 1024), 65536)))
         warm = _between(scale.total_steps, (2500, 0.03), (10_000, 0.04))
         final = _between(scale.total_steps, (10_000, warm), (300_000, 0.07))
         frozen = max(min(round(1250 / scale.steps_per_epoch), int(epochs / 10)), 0)
         memory = min(max(scale.total_steps / 40, 50), 250)
+        rise = (int(epochs / 10), f"a tenth of {epochs:g} epochs") if final > warm else (0, "the temperature stays")
         return {
-            "out_dim": (prototypes, f"a power of two near a sixteenth of {scale.images:,} images, 1,024 to 65,536"),
-            "warmup_teacher_temp": (warm, f"{steps}: 0.03 up to 2,500, which begin sharp, 0.04 from 10,000"),
-            "teacher_temp": (final, f"{steps}: as at the beginning up to 10,000, 0.07 from 300,000"),
-            "warmup_teacher_temp_epochs": (int(epochs / 10) if final > warm else 0, f"a tenth of {epochs:g} epochs"),
-            "momentum_teacher": (round(1 - 1 / memory, 4), f"remembers a fortieth of {steps}, 50 to 250"),
-            "freeze_last_layer": (frozen, f"1,250 steps, a tenth of {epochs:g} epochs at most"),
+            "out_dim": (prototypes, f"a power of two near a sixteenth of {scale.images:,} images; 1,024 to 65,536"),
+            "warmup_teacher_temp": (warm, f"0.03 for up to 2,500 steps, 0.04 from 10,000; {steps}"),
+            "teacher_temp": (final, f"the first one for up to 10,000 steps, 0.07 from 300,000; {steps}"),
+            "warmup_teacher_temp_epochs": rise,
+            "momentum_teacher": (round(1 - 1 / memory, 4), f"averages a fortieth of the steps, 50 to 250; {steps}"),
+            "freeze_last_layer": (frozen, f"epochs: about 1,250 steps, a tenth of {epochs:g} epochs at most"),
         }
 
     def views(self) -> ViewSpec:

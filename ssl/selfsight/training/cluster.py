@@ -61,6 +61,12 @@ class Cluster:
             dist.all_gather_object(everyone, x, group=self.group)
         return everyone
 
+    def memory(self) -> int | None:
+        """Bytes of the smallest GPU among those of the ranks, None without GPUs. All ranks call it."""
+        if self.device.type != "cuda":
+            return None
+        return min(self.gather_objects(torch.cuda.mem_get_info(self.device)[1]))
+
     def aside(self) -> "Cluster":
         """The same ranks with a group of their own, over the network of the hosts, so that a thread may agree on
         something while training goes on. All ranks call it."""

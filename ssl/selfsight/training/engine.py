@@ -59,7 +59,7 @@ class Engine:
         objective.to(cluster.device)
         self.optimizer: Any = optim.build(config, groups, fused=True)
         with sharding.frugal_linear(recipe.training.zero):
-            settings = sharding.deepspeed_config(recipe, cluster.world_size)
+            settings = sharding.deepspeed_config(recipe, cluster.world_size, sum(p.numel() for p in self.trained))
             self.engine: Any = deepspeed.initialize(model=objective, optimizer=self.optimizer, config=settings)[0]
         sharding.clear_padding(self.engine)
         if cluster.world_size == 1 and recipe.training.zero == 0:  # nobody to average with: spares two copies

@@ -126,7 +126,7 @@ class UnindexedFeed:
 
 def _least(recipe: Recipe) -> int:
     """How many images there have to be."""
-    return 1 if "batch_size" in recipe.autos else recipe.batch_size
+    return 1 if "batch_size" in recipe.asked else recipe.batch_size
 
 
 def _part(given: PartConfig, batch_size: int) -> Part:

@@ -1,4 +1,4 @@
-"""Keys that are null in a recipe, settled from the hardware and the corpus; and what may change when a run goes on."""
+"""What a recipe leaves to be chosen, settled before a run begins; and what may change when a run goes on."""
 
 import re
 from math import inf
@@ -10,15 +10,14 @@ import torch
 from selfsight import objectives
 from selfsight import recipe as recipes
 from selfsight.errors import UserError, check_range
-from selfsight.recipe import Recipe
-from selfsight.stream.loader import auto_workers
+from selfsight.machine import available_cores
+from selfsight.recipe import AUTO, Recipe
+from selfsight.stream.loader import MAX_WORKERS, auto_workers
 from selfsight.stream.order import auto_lanes
 from selfsight.training import auto, optim, schedules, trackers
 from selfsight.training.costs.hardware import RESERVED
 from selfsight.weights.run import FREE
 
-# Keys that a continued run takes from its first part when they are null now.
-SETTLED = ("stream.lanes", "training.precision", "weights_sha256")
 LEAST = {
     "batch_size": 1,
     "stream.lanes": 1,
@@ -43,6 +42,7 @@ def load(source: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
 
 def check(recipe: Recipe) -> None:
     """Raises UserError for values that no hardware and no corpus can make right."""
+    auto.check(recipe)
     training = recipe.training
     if training.zero not in (0, 1, 2, 3):
         raise UserError(f"training.zero is {training.zero}: choose 0, 1, 2 or 3")
@@ -59,18 +59,18 @@ def check(recipe: Recipe) -> None:
             "of samples and the schedules would have to follow: choose bf16, which has fp32's range"
         )
     if training.precision not in (None, "fp32", "bf16"):
-        raise UserError(f"training.precision is {training.precision!r}: choose fp32 or bf16, or leave it null")
+        raise UserError(f"training.precision is {training.precision!r}: choose fp32, bf16 or auto")
     if not 0 < recipe.epochs < inf:
         raise UserError(f"epochs is {recipe.epochs:g}: give a positive number")
     optim.check(recipe.optimizer)
-    if "optimizer.warmup_epochs" not in recipe.autos:
+    if "optimizer.warmup_epochs" not in recipe.asked:
         schedules.check(recipe.optimizer, recipe.epochs)
     trackers.check(recipe.log)
     for key, low in LEAST.items():
-        if (value := _get(recipe, key)) is not None:
+        if (value := recipe.get(key)) is not None:
             check_range(key, value, low)
     if recipe.stream.crops not in (None, "cpu", "device"):
-        raise UserError(f"stream.crops is {recipe.stream.crops!r}: choose cpu or device, or leave it null")
+        raise UserError(f"stream.crops is {recipe.stream.crops!r}: choose cpu, device or auto")
     if recipe.stream.decode not in ("cpu", "device"):
         raise UserError(f"stream.decode is {recipe.stream.decode!r}: choose cpu or device")
     if (best := training.keep_best) is not None:
@@ -83,51 +83,57 @@ def check(recipe: Recipe) -> None:
 
 
 def settle(
-    recipe: Recipe, *, chunks: int | None = None, images: int | None = None, sharing: int = 1, ranks: int = 1
+    recipe: Recipe,
+    *,
+    chunks: int | None = None,
+    images: int | None = None,
+    sharing: int = 1,
+    ranks: int = 1,
+    memory: int | None = None,
 ) -> None:
-    """Gives every key that is null or says "auto" its value. `chunks` is the number of chunks of the smallest part and
-    `images` that of an epoch, where they are known; `sharing` that of the ranks that share the cores of this one."""
+    """Gives every key that says "auto" its value. `chunks` is the number of chunks of the smallest part and `images`
+    that of an epoch, where they are known; `sharing` that of the ranks that share the cores of this one; `memory` the
+    bytes of the smallest GPU, None on a CPU."""
+    cuda = torch.cuda.is_available()
     if recipe.training.precision is None:
-        if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
+        if cuda and torch.cuda.is_bf16_supported(including_emulation=False):
             recipe.set("training.precision", "bf16", f"{torch.cuda.get_device_name()} computes in bf16")
         else:
-            why = (
-                "this GPU has no bf16"
-                if torch.cuda.is_available()
-                else "no GPU; set bf16 for AVX512-BF16 and large ViTs"
-            )
+            why = "this GPU has no bf16" if cuda else "no GPU; set bf16 for AVX512-BF16 and large ViTs"
             recipe.set("training.precision", "fp32", why)
-    if recipe.autos:
-        usable = torch.cuda.mem_get_info()[1] * (1 - RESERVED) if torch.cuda.is_available() else None
+    if recipe.asked:
+        usable = memory * (1 - RESERVED) if memory is not None else None
         auto.settle(recipe, images=images, ranks=ranks, memory=usable)
         check(recipe)
     if recipe.training.zero == 3 and recipe.encoder.compile is None:
         recipe.set("encoder.compile", False, "ZeRO-3 gathers weights one layer at a time")
     if recipe.stream.workers is None:
         workers = auto_workers(sharing)
-        recipe.set("stream.workers", workers, f"{sharing} rank(s) share these cores, one each left to training")
+        whose = f"{sharing} ranks share" if sharing > 1 else "one rank has"
+        why = f"{whose} {available_cores()} cores, of which one each is left to training; {MAX_WORKERS} at most"
+        recipe.set("stream.workers", workers, why)
     if recipe.stream.crops is None:
-        cuda = torch.cuda.is_available()
         recipe.set("stream.crops", "device" if cuda else "cpu", "where training runs" if cuda else "no GPU")
     if recipe.encoder.compile is None:
-        cuda = torch.cuda.is_available()
         recipe.set("encoder.compile", cuda, "where training runs, it pays" if cuda else "no GPU")
     if recipe.stream.decode == "device" and recipe.stream.crops == "cpu":
         raise UserError("stream.decode=device wants the crops on the device, too: set stream.crops=device")
     if recipe.stream.lanes is None and chunks is not None:
         lanes = auto_lanes(recipe.batch_size, chunks)
-        recipe.set("stream.lanes", lanes, f"batches of {recipe.batch_size} from {chunks} chunks")
+        why = f"divides batches of {recipe.batch_size}; the corpus's {chunks} chunks keep so many filled"
+        recipe.set("stream.lanes", lanes, why)
+    if recipe.probe.corpus and recipe.probe.every is None:
+        recipe.provenance["probe.every"] = f"{AUTO}: as often as 2 % of the time allow, measured while training goes on"
 
 
 def adopt(recipe: Recipe, path: Path) -> None:
-    """Keys that are null now and were settled when the run began, whose resolved recipe is at `path`, stay settled."""
+    """What says "auto" now and changes what is learnt stays as it was settled when the run began, whose resolved recipe
+    is at `path`."""
     first = load(str(path))
-    for key in SETTLED:
-        if _get(recipe, key) is None and _get(first, key) is not None:
-            recipe.set(key, _get(first, key), "as when this run began")
-    for key in recipe.autos:
-        recipe.set(key, _get(first, key), "as when this run began")
-    recipe.autos = []
+    unsaid = [] if recipe.weights_sha256 else ["weights_sha256"]
+    for key in (*recipe.autos, *unsaid):
+        if key not in FREE and (value := first.get(key)) is not None:
+            recipe.set(key, value, "as when this run began")
 
 
 def compare(recipe: Recipe, path: Path) -> None:
@@ -144,13 +150,6 @@ def compare(recipe: Recipe, path: Path) -> None:
         raise UserError(
             f"{path.parent} was begun with another recipe ({changes}): give another output, or the values it began with"
         )
-
-
-def _get(recipe: Recipe, key: str) -> Any:
-    node: Any = recipe
-    for part in key.split("."):
-        node = node[part] if isinstance(node, dict) else getattr(node, part)
-    return node
 
 
 def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -55,20 +55,21 @@ def pretrain(recipe: Recipe, *, probes: Callable[[Recipe], Probe | None] = lambd
     if not names_images(recipe) or not recipe.output:
         raise UserError("training needs a corpus and an output: add corpus=DIR output=RUN")
     joined = cluster.join()
+    memory = joined.memory()
     # Together: nobody looks into the run folder any more when rank 0 begins to write there.
-    return joined.together(lambda: _Run(recipe, joined, probes(recipe))).go()
+    return joined.together(lambda: _Run(recipe, joined, probes(recipe), memory)).go()
 
 
 class _Run:
     """One call of `pretrain`: what it holds between its steps."""
 
-    def __init__(self, recipe: Recipe, cluster: Cluster, probe: Probe | None) -> None:
+    def __init__(self, recipe: Recipe, cluster: Cluster, probe: Probe | None, memory: int | None) -> None:
         self.recipe, self.cluster, self.probe = recipe, cluster, probe
         if recipe.probe.corpus and not probe:
             raise UserError("probe.corpus wants probes: give pretrain probes=eval_probes.online.open_probes")
         self.feed = open_feed(recipe)
         self.path = Path(str(recipe.output))
-        self._settle(self.feed.chunks)
+        self._settle(memory)
         torch.manual_seed(recipe.seed)
         self.objective = self._build()
         self.steps_per_epoch = self.feed.n // recipe.batch_size
@@ -103,8 +104,8 @@ class _Run:
         if isinstance(self.loader, StepLoader):
             self.account = Account(self.loader, self.cluster, before, state)
 
-    def _settle(self, chunks: int | None) -> None:
-        """Gives null keys their values and holds the recipe against the one that the run folder was begun with."""
+    def _settle(self, memory: int | None) -> None:
+        """Settles what says "auto" and holds the recipe against the one that the run folder was begun with."""
         begun = self.path / "recipe.yaml"
         if begun.is_file():
             resolve.adopt(self.recipe, begun)
@@ -112,10 +113,11 @@ class _Run:
             raise UserError(f"{self.path} exists and is no run: give another output, or an empty folder")
         resolve.settle(
             self.recipe,
-            chunks=chunks,
+            chunks=self.feed.chunks,
             images=self.feed.n,
             sharing=self.cluster.sharing,
             ranks=self.cluster.world_size,
+            memory=memory,
         )
         if begun.is_file():
             resolve.compare(self.recipe, begun)
@@ -269,6 +271,9 @@ class _Run:
             f"{self.total_steps} steps of {recipe.batch_size}, {ranks} {several if ranks > 1 else one}, "
             f"ZeRO-{recipe.training.zero}, {recipe.training.precision}"
         )
+        if not self.start:
+            for key, value, why in recipe.chosen():
+                say(f"  {key}={value}: {why}")
 
     def _save(self, saver: Saver, step: int, log: Log | None) -> None:
         if log:

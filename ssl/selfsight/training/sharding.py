@@ -20,13 +20,16 @@ from torch import Tensor, nn
 from selfsight.recipe import Recipe
 from selfsight.training.freezing import Held
 
+BUCKET_NUMBERS = 500_000_000  # of the buffer from which gradients are sent, at most: DeepSpeed's default
 
-def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration of a run."""
+
+def deepspeed_config(recipe: Recipe, world_size: int, trained: int) -> dict[str, Any]:
+    """DeepSpeed's configuration of a run that trains so many numbers."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     training, stage = recipe.training, recipe.training.zero
-    zero: dict[str, Any] = {"stage": stage}
+    # It is allocated in full: for fewer weights it need not be larger than all of them.
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": min(trained, BUCKET_NUMBERS)}
     if training.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     elif stage in (1, 2) and "compute_grad_norm" in DeepSpeedZeroConfig.model_fields:

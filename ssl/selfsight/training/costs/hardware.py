@@ -23,6 +23,7 @@ class Gpu:
     fp32: float  # and with 32-bit ones, TF32 left off
     utilisation: float  # share of the peak
     source: str  # of the utilisation
+    half: str = "bf16"  # the 16-bit format that it computes in
 
     @property
     def usable(self) -> float:
@@ -33,8 +34,8 @@ class Gpu:
         return self.bf16 if bf16 else self.fp32
 
 
-def _gpu(name: str, gib: float, bf16: float, fp32: float, utilisation: float, source: str) -> Gpu:
-    return Gpu(name, gib * GIB, bf16 * 1e12, fp32 * 1e12, utilisation, source)
+def _gpu(name: str, gib: float, bf16: float, fp32: float, utilisation: float, source: str, half: str = "bf16") -> Gpu:
+    return Gpu(name, gib * GIB, bf16 * 1e12, fp32 * 1e12, utilisation, source, half)
 
 
 GPUS = {
@@ -44,7 +45,7 @@ GPUS = {
         _gpu("h100", 80, 989, 67, 0.18, DINOV3),
         _gpu("a100-80", 80, 312, 19.5, 0.40, DINOV2),
         _gpu("a100-40", 40, 312, 19.5, 0.40, DINOV2),
-        _gpu("v100-32", 32, 125, 15.7, 0.11, MAE),  # it has fp16 where the others have bf16
+        _gpu("v100-32", 32, 125, 15.7, 0.11, MAE, half="fp16"),
         _gpu("l40s", 48, 362, 91.6, 0.30, "assumed"),
         _gpu("a10g", 24, 70, 31.2, 0.30, "assumed"),
         _gpu("rtx4090", 24, 165, 82.6, 0.30, "assumed"),

@@ -55,6 +55,11 @@ class Plan:
         return self.memory[self.recipe.encoder.checkpointing][self.recipe.training.zero]
 
     @property
+    def host_bytes(self) -> float:
+        """For each GPU, on its host: what training.offload moves there, and a copy of the weights on their way back."""
+        return (self.weights.moments + 3 * self.weights.trained) / self.ranks if self.recipe.training.offload else 0.0
+
+    @property
     def images_per_second(self) -> float:
         peak = self.gpu.peak(self.recipe.training.precision == "bf16")
         return self.ranks * peak * self.utilisation / self.step.flops_per_image
@@ -103,7 +108,12 @@ def plan(
         objective = build(replace(recipe, encoder=replace(recipe.encoder, checkpointing=how, compile=False)))
         weights, parameters = weigh(objective, recipe), count(objective)
         steps[how] = trace(objective, micro_batch, middle, bf16=precision == "bf16")
-        memory[how] = {stage: per_gpu(stage, ranks, weights, steps[how], accumulation=accumulation) for stage in STAGES}
+        memory[how] = {
+            stage: per_gpu(
+                stage, ranks, weights, steps[how], accumulation=accumulation, offload=recipe.training.offload
+            )
+            for stage in STAGES
+        }
     assert weights is not None
     return Plan(
         gpu=gpu,
