@@ -90,10 +90,10 @@ def test_what_was_settled_stays(corpora, selfsight, tmp_path, capsys):
         "stream.workers=0",
         *small,
     ]
-    assert selfsight([*run, "epochs=1"]) == 0
+    assert selfsight([*run, "epochs=0.25"]) == 0
     begun = resolve.load(str(tmp_path / "run/recipe.yaml"))
     assert not begun.asked
     assert begun.batch_size == 4
-    assert selfsight([*run, "epochs=1", "batch_size=auto"]) == 0  # adopts, and finds it finished
-    assert selfsight([*run, "epochs=1", "batch_size=8"]) == 2
+    assert selfsight([*run, "epochs=0.25", "batch_size=auto"]) == 0  # adopts, and finds it finished
+    assert selfsight([*run, "epochs=0.25", "batch_size=8"]) == 2
     assert "batch_size was 4 and is 8" in capsys.readouterr().err

@@ -107,10 +107,10 @@ def test_the_command(capsys, selfsight, corpora):
     assert plan["memory"]["full"]["0"]["activations"] < plan["memory"]["none"]["0"]["activations"]
     seconds = plan["total_steps"] * 48 * plan["flops_per_image"] / (2 * 312e12 * plan["utilisation"])
     assert plan["days"] == pytest.approx(seconds / 86400)
-    assert selfsight([*small, "--gpu", "1.2:10", "training.zero=1"]) == 0
+    assert selfsight([*small, "--gpu", "1:10", "batch_size=2048"]) == 0
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 100
-    assert "GiB are missing on each GPU: try training.zero=0 with encoder.checkpointing=none" in shown
+    assert "GiB are missing on each GPU: try training.zero=0 with encoder.checkpointing=full" in shown
     for wrong in (["--gpus", "3"], ["--gpus", "0"], ["--gpu", "gtx"], ["--utilisation", "2"]):
         assert selfsight([*small, *wrong]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1

@@ -109,14 +109,14 @@ class DINO(Objective):
         final = _between(scale.total_steps, (10_000, warm), (300_000, 0.07))
         frozen = max(min(round(1250 / scale.steps_per_epoch), int(epochs / 10)), 0)
         memory = min(max(scale.total_steps / 40, 50), 250)
-        rise = (int(epochs / 10), f"a tenth of {epochs:g} epochs") if final > warm else (0, "the temperature stays")
+        rise = (int(epochs / 10), f"a tenth of {epochs:.3g} epochs") if final > warm else (0, "the temperature stays")
         return {
             "out_dim": (prototypes, f"a power of two near a sixteenth of {scale.images:,} images; 1,024 to 65,536"),
             "warmup_teacher_temp": (warm, f"0.03 for up to 2,500 steps, 0.04 from 10,000; {steps}"),
             "teacher_temp": (final, f"the first one for up to 10,000 steps, 0.07 from 300,000; {steps}"),
             "warmup_teacher_temp_epochs": rise,
             "momentum_teacher": (round(1 - 1 / memory, 4), f"averages a fortieth of the steps, 50 to 250; {steps}"),
-            "freeze_last_layer": (frozen, f"epochs: about 1,250 steps, a tenth of {epochs:g} epochs at most"),
+            "freeze_last_layer": (frozen, f"epochs: about 1,250 steps, a tenth of {epochs:.3g} epochs at most"),
         }
 
     def views(self) -> ViewSpec:

@@ -109,8 +109,7 @@ def settle(
         recipe.set("encoder.compile", False, "ZeRO-3 gathers weights one layer at a time")
     if recipe.stream.workers is None:
         workers = auto_workers(sharing)
-        whose = f"{sharing} ranks share" if sharing > 1 else "one rank has"
-        why = f"{whose} {available_cores()} cores, of which one each is left to training; {MAX_WORKERS} at most"
+        why = f"{available_cores()} cores for {sharing} rank(s), less one each for training; {MAX_WORKERS} at most"
         recipe.set("stream.workers", workers, why)
     if recipe.stream.crops is None:
         recipe.set("stream.crops", "device" if cuda else "cpu", "where training runs" if cuda else "no GPU")
