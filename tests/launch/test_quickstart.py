@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from eval_probes import linear
+from eval_probes import linear, suite
 from launch import quickstart as steps
 from launch.cli import main
 from launch.commands.quickstart import show
@@ -216,3 +216,19 @@ def test_what_the_command_prints(out, monkeypatch, capsys, flags):
         return
     for words in ("raw pixels", "untrained encoder", "trained encoder", "report.html", "selfsight.load_pretrained("):
         assert words in said
+
+
+def test_a_suite_runs_on_the_export_and_the_report_shows_it(out, monkeypatch, capsys):
+    monkeypatch.setenv("SELFSIGHT_CACHE", str(out / "cache"))
+    outcome = quickstart(procedural_settings(out, "dino"))
+    corpora = ["--train", str(outcome.train), "--test", str(outcome.test)]
+    assert main(["eval", "suite", str(outcome.run), "--suite", "quick", *corpora]) == 0
+    assert main(["report", str(outcome.run), *corpora]) == 0
+    text = outcome.report.read_text(encoding="utf-8")
+    for protocol in suite.load("quick"):
+        assert f"Protocol {protocol.name} {protocol.digest[:8]}" in text
+    capsys.readouterr()
+    assert main(["results", str(outcome.run), "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)["scores"]
+    trained = [s for s in scores if s["weights"] == str(outcome.weights)]
+    assert {p.name for p in suite.load("quick")} <= {s["protocol"] for s in trained}
