@@ -41,7 +41,8 @@ class LowShot(FeatureProtocol):
             raise UserError("low-shot takes numbers: per_class=5 or percent=1")
         if self.percent is not None:
             object.__setattr__(self, "percent", float(self.percent))
-        if not (0 < self.percent <= 100 if self.percent is not None else self.per_class >= 1):
+        percent = 100.0 if self.percent is None else self.percent
+        if (self.per_class is not None and self.per_class < 1) or not 0 < percent <= 100:
             raise UserError("low-shot needs at least one image per class, or a percentage above 0 and up to 100")
         if self.repeats < 2:
             raise UserError("low-shot needs two repeats or more: one says nothing of their spread")
@@ -115,7 +116,7 @@ def evaluate(train: Features, test: Features, protocol: LowShot, *, device: str 
         },
         unit="%",
         better="higher",
-        items=np.mean([score.items for score in found], axis=0, dtype=np.float32),
+        items=np.stack([np.asarray(score.items) for score in found]).mean(axis=0, dtype=np.float32),
     )
 
 

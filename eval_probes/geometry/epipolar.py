@@ -69,11 +69,10 @@ class Epipolar(Protocol):
             if bench.pictures is not None:
                 right = np.zeros(len(x), dtype=bool)
                 right[mutual] = judged.consistent
-                picture = matches_picture(
-                    *(np.asarray(views[v]).transpose(2, 0, 1) for v in (first, second)),
-                    *(torch.from_numpy(t) for t in (x, y, right)),
-                    shown=torch.from_numpy(mutual),
-                )
+                source, target = (np.asarray(views[v]).transpose(2, 0, 1) for v in (first, second))
+                ends = torch.from_numpy(x), torch.from_numpy(y)
+                marks = torch.from_numpy(right), torch.from_numpy(mutual)
+                picture = matches_picture(source, target, *ends, marks[0], shown=marks[1])
                 picture.save(bench.pictures / f"{self.name}-{first}-{second}.png")
         if not rows:
             raise UserError(f"no two views of {scene.path} have {FEWEST} mutual matches: give a larger size")

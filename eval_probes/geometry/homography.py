@@ -111,9 +111,9 @@ class Homography(Protocol):
         if bench.pictures is not None:
             for i in range(min(len(pairs), PICTURES - first)):
                 right = distance[i] <= radii[0]
-                picture = matches_picture(
-                    *pairs[i].views, centres, centres[found.index[i]], right, shown=found.mutual[i]
-                )
+                one, other = pairs[i].views
+                ends = centres, centres[found.index[i]]
+                picture = matches_picture(one, other, *ends, right, shown=found.mutual[i])
                 picture.save(bench.pictures / f"{self.name}-{first + i}.png")
         return columns
 

@@ -21,7 +21,7 @@ class WeightNormLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # One pass over the rows, in the parameters' own precision; autocast then casts the result for the matmul.
         with torch.autocast(x.device.type, enabled=False):
-            weight = torch._weight_norm(self.weight_v, self.weight_g)
+            weight = torch._weight_norm(self.weight_v, self.weight_g)  # pyright: ignore[reportPrivateImportUsage]
         return F.linear(x, weight)
 
 
