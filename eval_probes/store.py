@@ -80,19 +80,22 @@ class Entry:
 
     def begin(self, key: str) -> None:
         """Makes the empty entry, if nobody else was faster."""
-        shutil.rmtree(self.path, ignore_errors=True)  # a damaged one
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._reserve()
-        temporary = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
-        try:
-            np.lib.format.open_memmap(temporary / ARRAY, mode="w+", dtype=self.dtype, shape=self.shape).flush()
-            (temporary / KEY).write_text(key + "\n", encoding="utf-8")
-            (temporary / BLOCKS).mkdir()
-            with suppress(OSError):  # somebody was faster
+        with self.path.with_name(f"{self.path.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # who looks, removes and makes does it alone
+            if self.begun:
+                return
+            shutil.rmtree(self.path, ignore_errors=True)  # a damaged one
+            self._reserve()
+            temporary = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
+            try:
+                np.lib.format.open_memmap(temporary / ARRAY, mode="w+", dtype=self.dtype, shape=self.shape).flush()
+                (temporary / KEY).write_text(key + "\n", encoding="utf-8")
+                (temporary / BLOCKS).mkdir()
                 os.rename(temporary, self.path)
-            sync(self.path.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+                sync(self.path.parent)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
 
     def read(self) -> np.ndarray:
         """The whole array, memory-mapped; writing to it does not reach the file."""

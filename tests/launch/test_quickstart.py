@@ -54,7 +54,7 @@ def test_the_whole_way(out, objective):
             assert score.n == 60
     untrained, trained = (row.scores["knn"] for row in outcome.rows[1:])
     assert untrained.weights_digest != trained.weights_digest
-    assert untrained.details["features"]["pooling"] == trained.details["features"]["pooling"]
+    assert untrained.details["features"]["tokens"] == trained.details["features"]["tokens"]
     assert outcome.report.is_file()
     encoder = load_pretrained(outcome.weights)
     picture = Image.open(next((out / "procedural-0" / "images" / "test").rglob("*.png")))
