@@ -144,7 +144,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(command, spawn, tmp_path):
         (["training.zero=0", "training.offload=true"], "set training.zero to 1, 2 or 3"),
         (["training.zero=3", "encoder.compile=true"], "set training.zero=2"),
         (["training.precision=fp16"], "choose bf16, which has fp32's range"),
-        (["training.precision=half"], "choose fp32 or bf16"),
+        (["training.precision=half"], "choose fp32, bf16 or auto"),
         (["optimizer.warmup_epochs=3"], "longer than the run"),
         (["optimizer.schedule=cubic"], "choose dino_cosine, mae_cosine"),
         (["epochs=0"], "give a positive number"),
