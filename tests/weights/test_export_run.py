@@ -12,7 +12,7 @@ from selfsight import objectives
 from selfsight.errors import UserError
 from selfsight.recipe import EncoderConfig, from_dict
 from selfsight.weights import export_encoder, export_run, load_pretrained, newest_export
-from selfsight.weights.run import checkpoints, exports, recipe_digest, run_of
+from selfsight.weights.run import STATE_SCHEMA, checkpoints, exports, recipe_digest, run_of
 
 ENCODER = {"name": "vit_tiny_patch16_224", "img_size": 32, "args": {"patch_size": 8, "embed_dim": 48, "depth": 2,
                                                                      "num_heads": 3}}  # fmt: skip
@@ -46,7 +46,7 @@ def make_run(path: Path, objective: str, steps=(10, 20)) -> Path:
             state["teacher.vit.cls_token"] += 1  # as after training, teacher and student differ
         save_file(state, folder / "objective.safetensors")
         (folder / "state.json").write_text(
-            json.dumps({"schema": 1, "step": step, "total_steps": 30, "corpus_id": "c0"})
+            json.dumps({"schema": STATE_SCHEMA, "step": step, "total_steps": 30, "corpus_id": "c0"})
         )
         (folder / "COMPLETE").touch()
         if step == steps[0]:
