@@ -1,10 +1,5 @@
-"""The trainings that test_zero.py compares: by the engine, under any ZeRO stage, and by a plain loop without it.
+"""The trainings that test_zero.py compares: by the engine, under any ZeRO stage, and by a plain loop without it."""
 
-Run as a program it is one of several ranks and does all cases of that number, since starting ranks is what takes time:
-    torchrun … zero_harness.py FILE     rank 0 writes what `train` returns, by case
-"""
-
-import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -162,9 +157,10 @@ def differences(case: Case, ours: dict[str, Tensor], theirs: dict[str, Tensor]) 
     return found
 
 
-if __name__ == "__main__":
+def main(path: str) -> None:
+    """On each of several ranks: all cases of that number. Rank 0 writes what `train` returns, by case."""
     everyone = cluster.join()
     torch.set_num_threads(1)
     results = {case: train(case, everyone) for case in cases(everyone.world_size)}
     if everyone.rank == 0:
-        torch.save({tuple(case): result for case, result in results.items()}, sys.argv[1])
+        torch.save({tuple(case): result for case, result in results.items()}, path)
