@@ -4,10 +4,15 @@ Resampling is linear in the table, so it is written as a matrix: `matrix @ table
 its gradient on a GPU is the same at every run, which that of bicubic interpolation is not.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from selfsight.encoders.encoder import Encoder
 
 
 def resampling_matrix(old: tuple[int, int], new: tuple[int, int], how: str) -> Tensor:
@@ -42,6 +47,17 @@ def resize_patches(patches: Tensor, old: tuple[int, int], new: tuple[int, int]) 
         return patches
     grid = rearrange(patches, "b (h w) d -> b d h w", h=old[0])
     return rearrange(F.interpolate(grid, new, mode="bicubic"), "b d h w -> b (h w) d")
+
+
+@torch.no_grad()
+def fix_sincos(encoder: "Encoder") -> None:
+    """Puts the fixed sine-cosine table in the place of the learnt one (MAE, I-JEPA, data2vec 2.0, MoCo v3); an encoder
+    that has none, because it rotates, stays as it is."""
+    vit = encoder.vit
+    if vit.pos_embed is not None:
+        rows = 0 if vit.no_embed_class else encoder.num_prefix
+        vit.pos_embed.copy_(sincos_table(encoder.embed_dim, encoder.table_grid[0], rows))
+        vit.pos_embed.requires_grad_(False)
 
 
 def sincos_table(dim: int, grid: int, prefix: int = 0) -> Tensor:

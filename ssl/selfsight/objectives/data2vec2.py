@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from selfsight import encoders
 from selfsight.collective import Collective
-from selfsight.encoders.positions import sincos_table
+from selfsight.encoders.positions import fix_sincos
 from selfsight.errors import UserError, check_range
 from selfsight.objectives.base import Objective, Outcome, Progress
 from selfsight.recipe import EncoderConfig
@@ -58,7 +58,7 @@ class Data2Vec2(Objective):
         self.n_blocks = int(self.side**2 * (1 - c.mask_prob + c.mask_prob_adjust) / c.mask_length**2)
         if not 0 < self.len_keep < self.side**2:
             raise UserError(f"objective.mask_prob={c.mask_prob} hides all or nothing: choose another one")
-        self._initialise()
+        fix_sincos(self.student)
         self.teacher = encoders.build(encoder, drop_path=False)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
@@ -67,14 +67,6 @@ class Data2Vec2(Objective):
             _Convolution(a, b, c.decoder_kernel, c.decoder_groups) for a, b in pairwise(widths)
         )
         self.decoder_proj = nn.Linear(widths[-1], self.student.embed_dim)
-
-    @torch.no_grad()
-    def _initialise(self) -> None:
-        vit = self.student.vit
-        if vit.pos_embed is not None:
-            rows = 0 if vit.no_embed_class else self.student.num_prefix
-            vit.pos_embed.copy_(sincos_table(self.student.embed_dim, self.side, rows))
-            vit.pos_embed.requires_grad_(False)
 
     def views(self) -> ViewSpec:
         c = self.config

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from selfsight import encoders
 from selfsight.collective import Collective
 from selfsight.encoders.heads import init_linear
-from selfsight.encoders.positions import sincos_table
+from selfsight.encoders.positions import fix_sincos, sincos_table
 from selfsight.errors import UserError, check_range
 from selfsight.objectives.base import Objective, Outcome, Progress
 from selfsight.recipe import EncoderConfig
@@ -53,7 +53,7 @@ class IJEPA(Objective):
         if not 0 < self.n_context < self.side**2:
             raise UserError(f"objective.context_keep={c.context_keep} shows all or nothing: choose another one")
         self.n_target = _most_patches(self.side, c.target_scale, c.target_aspect)
-        self._initialise()
+        fix_sincos(self.student)
         self.teacher = encoders.build(encoder, drop_path=False)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
@@ -67,14 +67,6 @@ class IJEPA(Objective):
         self.predictor_proj = nn.Linear(dim, self.student.embed_dim)
         for module in (self.predictor_embed, self.predictor_blocks, self.predictor_proj):
             module.apply(init_linear)
-
-    @torch.no_grad()
-    def _initialise(self) -> None:
-        vit = self.student.vit
-        if vit.pos_embed is not None:
-            rows = 0 if vit.no_embed_class else self.student.num_prefix
-            vit.pos_embed.copy_(sincos_table(self.student.embed_dim, self.side, rows))
-            vit.pos_embed.requires_grad_(False)
 
     def views(self) -> ViewSpec:
         c = self.config

@@ -15,7 +15,7 @@ from selfsight import encoders
 from selfsight.collective import Collective
 from selfsight.encoders.encoder import take
 from selfsight.encoders.execution import through
-from selfsight.encoders.positions import sincos_table
+from selfsight.encoders.positions import fix_sincos, sincos_table
 from selfsight.errors import UserError, check_range
 from selfsight.objectives.base import Objective, Outcome, Progress
 from selfsight.recipe import EncoderConfig
@@ -65,10 +65,7 @@ class MAE(Objective):
     @torch.no_grad()
     def _initialise(self, grid: int) -> None:
         vit = self.student.vit
-        if vit.pos_embed is not None:
-            rows = 0 if vit.no_embed_class else self.student.num_prefix
-            vit.pos_embed.copy_(sincos_table(self.student.embed_dim, grid, rows))
-            vit.pos_embed.requires_grad_(False)
+        fix_sincos(self.student)
         self.decoder_pos_embed.copy_(sincos_table(self.config.decoder_embed_dim, grid, self.student.num_prefix))
         for module in self.modules():
             if isinstance(module, nn.Linear):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from selfsight import encoders
 from selfsight.collective import Collective
-from selfsight.encoders.positions import sincos_table
+from selfsight.encoders.positions import fix_sincos
 from selfsight.errors import UserError, check_range
 from selfsight.objectives.base import (
     Objective,
@@ -53,7 +53,7 @@ class MoCoV3(Objective):
             raise UserError("objective.temperature should be above 0")
         self.student = encoders.build(encoder)
         freeze_final_bias(self.student)
-        self._initialise(self.student, self.student.table_grid[0])
+        self._initialise(self.student)
         self.student.vit.patch_embed.requires_grad_(not config.freeze_patch_embed)
         self.student_projector = self._projector()
         self.predictor = encoders.MLP(
@@ -71,7 +71,7 @@ class MoCoV3(Objective):
 
     @staticmethod
     @torch.no_grad()
-    def _initialise(encoder: encoders.Encoder, grid: int) -> None:
+    def _initialise(encoder: encoders.Encoder) -> None:
         """Xavier's throughout, for queries, keys and values each by themselves, and for the patches as a linear map."""
         vit = encoder.vit
         for name, module in vit.named_modules():
@@ -88,8 +88,7 @@ class MoCoV3(Objective):
                 raise UserError(
                     f"embed_dim={encoder.embed_dim} is not a multiple of 4, which sine-cosine positions need"
                 )
-            vit.pos_embed.copy_(sincos_table(encoder.embed_dim, grid, 0 if vit.no_embed_class else encoder.num_prefix))
-            vit.pos_embed.requires_grad_(False)
+            fix_sincos(encoder)
 
     def views(self) -> ViewSpec:
         self.student.grid(self.config.crop_size)  # refuses a size that the patch does not divide
