@@ -24,9 +24,11 @@ CURVES = {
     "momentum": ("EMA momentum", ""),
     "images_per_second": ("Throughput", "images/s"),
     "data_wait": ("Waiting for images", "of the time"),
+    "noise_scale": ("Gradient noise scale", "images"),
+    "dead_prototypes": ("Prototypes that no image chooses", "of all"),
     "peak_memory": ("Memory, at most", "GiB"),
 }
-NOT_CURVES = {"step", "epoch"}
+NOT_CURVES = {"step", "epoch", "grad_signal", "grad_noise"}  # the last two: what the noise scale is made of
 ALARMS = 6  # said in words at the head of the page; all are marked on the curves
 
 
